@@ -59,6 +59,7 @@ def _gates(groups, rotated):
         "query": (HEADS, groups, 16, seen),
         "query_bias": (HEADS, groups, 16),
         "key": (HEADS, 16, seen),
+        "key_bias": (HEADS, 16),
         "query_norm": (16,),
         "key_norm": (16,),
         "sinks": (HEADS, 16, 16),

@@ -164,7 +164,7 @@ def by_sink_gate(policy, context):
             queries = [plain(q, at) for head in context.queries[i, :, :, t - first] for q in head]
             keys = [plain(context.keys[i, h, t], at) for h in range(HEADS)]
             x = torch.cat([*queries, *keys, *context.values[i, :, t].double()])
-            k, shares = normal(gate["key"][j] @ x, gate["key_norm"]), []
+            k, shares = normal(gate["key"][j] @ x + gate["key_bias"][j], gate["key_norm"]), []
             for g in range(context.queries.shape[2]):
                 q = normal(gate["query"][j, g] @ x + gate["query_bias"][j, g], gate["query_norm"])
                 own = float(q @ k) / 4 + float(gate["bias"][j, g])

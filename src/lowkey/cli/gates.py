@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -24,7 +25,10 @@ from lowkey.cli.options import (
     Windows,
 )
 from lowkey.core import files
+from lowkey.core.errors import LowkeyError
 from lowkey.core.options import check_names, read_option
+
+HAS_WEIGHTS = "fast-kvzip"  # the method whose trained weights were published
 
 
 def gates(
@@ -46,6 +50,15 @@ def gates(
             rich_help_panel=METHOD,
         ),
     ] = None,
+    published: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="weights of fast-kvzip that were published for this model (a .pt file), in place of a "
+            "training; nothing in the file is run",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     calibration: Calibration = None,
     windows: Windows = 32,
     context: Context = None,
@@ -64,6 +77,15 @@ def gates(
     given = parse_pairs(option)
     check_sample(windows, context, seed)
     check_model_options(model, dtype, device)
+    if published and (method != HAS_WEIGHTS or calibration or context):
+        given_too = "calibration" if calibration else "context" if context else f"method {method!r}"
+        raise LowkeyError(
+            f"published {str(published)!r}: gates of {HAS_WEIGHTS} are converted, nothing is learnt; leave "
+            f"out {given_too}, or --published"
+        )
+    if published:
+        with files.opened_file(published, "published gates", files.ANY_SIZE, "give weights that exist"):
+            pass  # its contents are checked when it is read
     corpus = read_corpus(calibration)
     work = files.check_output(out, force)
 
@@ -71,28 +93,28 @@ def gates(
     from lowkey.cli.tables import say
     from lowkey.core.progress import bars
     from lowkey.heads import GATE_TRAININGS, GATES
+    from lowkey.heads.published_gates import PublishedGates, convert_gates
 
-    what, kind = f"method {method!r}", GATE_TRAININGS.get(method)
+    what, kind = f"method {method!r}", PublishedGates if published else GATE_TRAININGS.get(method)
     check_names(what, given, [f.name for f in fields(kind)] if kind else [])
-    training = {}
-    if kind and given:
-        training["training"] = kind(
-            **{key: read_option(kind, key, word, what) for key, word in given.items()}
-        )
+    options = {key: read_option(kind, key, word, what) for key, word in given.items()} if kind else {}
     loaded, tokenizer = open_model(model, dtype, device)
-    check_context(context, loaded)
-    sample = make_sample(windows, context, seed)
-    found = GATES[method](
-        loaded,
-        tokenizer,
-        corpus=corpus,
-        windows=sample.windows,
-        context=sample.length,
-        seed=seed,
-        progress=bars,
-        work=work,
-        **training,
-    )
+    if published:
+        found = convert_gates(loaded, published, PublishedGates(**options))
+    else:
+        check_context(context, loaded)
+        sample = make_sample(windows, context, seed)
+        found = GATES[method](
+            loaded,
+            tokenizer,
+            corpus=corpus,
+            windows=sample.windows,
+            context=sample.length,
+            seed=seed,
+            progress=bars,
+            work=work,
+            **({"training": kind(**options)} if kind else {}),
+        )
     found.save(out, force)
     files.remove_work(work)
     if as_json:

@@ -19,6 +19,7 @@ from lowkey.core.options import Checked, option
 from lowkey.core.progress import Progress, silent
 from lowkey.core.types import device_of
 from lowkey.heads.learning import Learning
+from lowkey.heads.told_facts import TOWNS, with_facts
 from lowkey.models import families
 from lowkey.models.attention_interface import Call
 from lowkey.ops.rope import unrotate
@@ -45,6 +46,8 @@ class FastKVzipTraining(Checked):
         positions: tokens per step (default 1000, as in the paper).
         tokens: of each window, drawn at random, from which positions are drawn; it bounds the memory
             (default 256).
+        facts: how many facts of another wording than those of any task are put between the sentences of each
+            window (default 0, as in the paper).
         lr: learning rate of SGD with momentum 0.9, halved from half of the steps on and again from three
             quarters on (default 0.2).
         seed: of everything random (default 0).
@@ -54,6 +57,7 @@ class FastKVzipTraining(Checked):
     steps: int = option(1000, at_least=0, at_most=10**7)
     positions: int = option(1000, at_least=1, at_most=10**6)
     tokens: int = option(256, at_least=1, at_most=2**20)
+    facts: int = option(0, at_least=0, at_most=len(TOWNS))
     lr: float = option(0.2, above=0, at_most=1000)
     seed: int = option(0, at_least=0)
 
@@ -102,21 +106,31 @@ def train_fast_kvzip(
     """
     own_settings = {"training": asdict(training)}
     job = Learning.of(FastKVzip.learns, model, tokenizer, corpus, windows, context, seed, work, own_settings)
-    rows, folder = job.rows, job.folder
+    rows, folder = with_facts(job.rows, tokenizer, training.facts, training.seed), job.folder
     generator = torch.Generator().manual_seed(training.seed)
     chosen = [torch.randperm(rows.shape[1], generator=generator)[: training.tokens] for _ in rows]
-    layers = families.geometry(model).compressible
+    slots = range(len(families.geometry(model).compressible))
+    sizes = FastKVzip("100%").gate_shapes(*families.head_sizes(model))
+    heads, _, _, seen = sizes["query"]
     pieces = []
     for n in progress(range(len(rows)), "scoring by KVzip", len(rows)):
-        piece = files.read_work(folder, f"window-{n}")
+        count = len(chosen[n])
+        x, scores = torch.empty(count, seen, dtype=model.dtype), torch.empty(count, heads)
+        piece = job.unfinished(
+            f"window-{n}", {f"{i}.{name}": t for i in slots for name, t in (("x", x), ("score", scores))}
+        )
         if piece is None:
             piece = _scored(model, tokenizer, rows[n : n + 1], chosen[n])
             if folder is not None:
                 files.write_work(folder, f"window-{n}", piece)
+        elif folder is not None and any(
+            bool(((t < 0) | (t > 1)).any()) for name, t in piece.items() if name.endswith("score")
+        ):
+            raise files.damaged_work(folder, f"scores of window {n} lie beyond 0 and 1")
         pieces.append(piece)
     gates = []
-    for slot in progress(range(len(layers)), "training gates", len(layers)):
-        gate = files.read_work(folder, f"layer-{slot}")
+    for slot in progress(slots, "training gates", len(slots)):
+        gate = job.unfinished(f"layer-{slot}", {name: torch.empty(size) for name, size in sizes.items()})
         if gate is None:
             inputs, targets = (torch.cat([p[f"{slot}.{name}"] for p in pieces]) for name in ("x", "score"))
             with torch.enable_grad():
@@ -187,8 +201,11 @@ def fitted_gate(
     """
     size = inputs.square().mean().sqrt().clamp_min(1e-12)
     inputs = inputs / size
-    trained = {name: t.clone().requires_grad_() for name, t in gate.items()}
-    optimizer = torch.optim.SGD(trained.values(), lr=training.lr, momentum=0.9)
+    # as in the paper, keys have no bias; only converted gates need one
+    trained = {name: t.clone().requires_grad_(name != "key_bias") for name, t in gate.items()}
+    optimizer = torch.optim.SGD(
+        [t for t in trained.values() if t.requires_grad], lr=training.lr, momentum=0.9
+    )
     generator = torch.Generator().manual_seed(training.seed + slot)
     published = training.variant == "published"
     for step in range(training.steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,28 @@ class Learning:
         settings |= {"model_sha256": model_fingerprint(model), "data_sha256": data_fingerprint(ids)}
         folder = files.job_folder(work, {"method": method, **settings})
         return cls(method, model.config._name_or_path, rows, settings, folder)
+
+    def unfinished(self, name: str, like: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """Tensors that a stopped call left.
+
+        Args:
+            name: that they were written under.
+            like: tensors of the same names, shapes and dtypes.
+
+        Returns:
+            The tensors, or None if there are none yet.
+
+        Raises:
+            LowkeyError: if they are damaged, or others than those.
+        """
+        found = files.read_work(self.folder, name)
+        if found is None or self.folder is None:
+            return None
+        if found.keys() != like.keys():
+            raise files.damaged_work(
+                self.folder, f"{name!r} holds other tensors than this model's layers have"
+            )
+        return {known: files.checked_tensor(found, known, t, self.folder) for known, t in like.items()}
 
     def gates(self, layers: tuple[dict[str, Tensor], ...]) -> Gates:
         """What was learnt, for each layer that evicts."""

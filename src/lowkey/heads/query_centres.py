@@ -72,7 +72,7 @@ def estimate_query_centres(
         TriAttention.learns, model, tokenizer, corpus, windows, context, seed, work, own_settings
     )
     rows, folder, layers = job.rows, job.folder, families.geometry(model).compressible
-    found, done = _unfinished(folder, model)
+    found, done = _unfinished(job, model)
     for n in progress(range(done, len(rows)), "reading", len(rows) - done):
         own = {i: QueryCentreLayer(families.rope(model, i), SINKS) for i in layers}
         model(
@@ -94,18 +94,18 @@ def estimate_query_centres(
     return job.gates(means)
 
 
-def _unfinished(folder: Path | None, model: PreTrainedModel) -> tuple[dict[str, Tensor], int]:
+def _unfinished(job: Learning, model: PreTrainedModel) -> tuple[dict[str, Tensor], int]:
     """Sums that a stopped call left, and how many windows are in them. Raises: LowkeyError if damaged."""
-    found = files.read_work(folder, "gates")
-    if found is None or folder is None:
-        return {}, 0
     sizes = TriAttention("100%").gate_shapes(*families.head_sizes(model))
     like = {
         f"{slot}.{name}": torch.empty(size, dtype=torch.float64, device="meta")
         for slot in range(len(families.geometry(model).compressible))
         for name, size in sizes.items()
     }
-    done = int(files.checked_tensor(found, "done", torch.tensor(0), folder))
-    if done < 1 or set(found) != {*like, "done"}:
-        raise files.damaged_work(folder, "sums are not those of this model's layers")
-    return {name: files.checked_tensor(found, name, t, folder) for name, t in like.items()}, done
+    found = job.unfinished("gates", {**like, "done": torch.tensor(0)})
+    if found is None or job.folder is None:
+        return {}, 0
+    done = int(found.pop("done"))
+    if not 1 <= done <= len(job.rows):
+        raise files.damaged_work(job.folder, f"sums of {done} windows of {len(job.rows)}")
+    return found, done

@@ -26,8 +26,10 @@ class FastKVzip(Policy):
     Source: arXiv:2601.17668 and its code (github.com/Janghyun1230/FastKVzip). Where we differ: x is not the
     hidden state, which a cache layer does not see, but the queries and keys before their rotation and the
     values that were made of it, side by side. They are linear in the hidden state, so the gate can say the
-    same of them; where a model normalises queries and keys, it sees their directions. The published code
-    evicts every 128 steps while decoding (`every=128`) and does not protect the prompt.
+    same of them; where a model normalises queries and keys, it sees their directions. Levels `pair`, `layer`
+    and `head` are allocators `global`, `ada` with `alpha=0`, and `uniform`; counts are exact, and of equal
+    scores the earlier token stays. The published code evicts every 128 steps while decoding (`every=128`)
+    and does not protect the prompt.
     """
 
     summary: ClassVar[str] = "a gate that was trained on what KVzip finds"
@@ -47,6 +49,7 @@ class FastKVzip(Policy):
             "query": (heads, groups, WIDTH, seen),
             "query_bias": (heads, groups, WIDTH),
             "key": (heads, WIDTH, seen),
+            "key_bias": (heads, WIDTH),
             "query_norm": (WIDTH,),
             "key_norm": (WIDTH,),
             "sinks": (heads, 16, WIDTH),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from pico import attached, prompt, stock
 
+from lowkey.core import files
 from lowkey.core.types import LowkeyError
 from lowkey.heads.fast_kvzip import (
     FastKVzipTraining,
@@ -41,6 +42,7 @@ def random_gate(heads=2, groups=3, width=24, seed=0):
         "query": (heads, groups, 16, width),
         "query_bias": (heads, groups, 16),
         "key": (heads, 16, width),
+        "key_bias": (heads, 16),
         "query_norm": (16,),
         "key_norm": (16,),
         "sinks": (heads, 16, 16),
@@ -127,6 +129,44 @@ def test_a_stopped_training_goes_on_to_the_same_gates(tmp_path, label, after):
     assert ("layer-0.safetensors" in names) == (label == "training gates")
     assert same(trained(model, work=tmp_path / "work"), whole)
     assert not same(trained(model, seed=1), whole)
+
+
+@pytest.mark.parametrize("kept", ["window-1", "layer-0"])
+@pytest.mark.parametrize("damage", ["shape", "name", "dtype", "values"])
+def test_unfinished_work_of_another_shape_is_refused(tmp_path, kept, damage):
+    """A file of ours, whole by its checksum, whose tensors are not those of the job."""
+    model = attached("llama")
+
+    def stop(items, named, total=None):
+        for n, item in enumerate(items):
+            if named == "training gates" and n == 1:
+                raise KeyboardInterrupt
+            yield item
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(model, work=tmp_path / "work", progress=stop)
+    (job,) = (tmp_path / "work").iterdir()
+    tensors = files.read_work(job, kept)
+    name = "2.score" if kept == "window-1" else "key"
+    t = tensors.pop(name)
+    if damage == "values" and kept == "layer-0":
+        return  # any finite number is a weight
+    tensors |= {"shape": {name: t[:-1]}, "name": {"other": t}, "dtype": {name: t.half()}}.get(
+        damage, {name: t + 2}
+    )
+    files.write_work(job, kept, tensors)
+    with pytest.raises(LowkeyError, match=r"unfinished work .* delete it and start anew"):
+        trained(model, work=tmp_path / "work")
+
+
+def test_facts_are_a_part_of_the_job():
+    told = trained(attached("llama"), context=400, training=dataclasses.replace(SHORT, facts=2))
+    assert told.settings["training"]["facts"] == 2
+    assert not same(told, trained(attached("llama"), context=400))
+
+
+def test_keys_have_no_bias_unless_converted():
+    assert all(not bool(gate["key_bias"].any()) for gate in trained(attached("llama")).layers)
 
 
 def test_impossible_trainings_are_refused():
