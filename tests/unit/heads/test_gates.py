@@ -11,6 +11,7 @@ from pico import attached, prompt, stock
 
 import lowkey
 from lowkey.catalog import make_policy
+from lowkey.core import files
 from lowkey.core.types import LowkeyError
 from lowkey.evaluate.settings import evicted
 from lowkey.heads import GATES
@@ -77,7 +78,10 @@ def test_a_stopped_measurement_goes_on_to_the_same_numbers(tmp_path):
         torch.equal(a[name], b[name]) for a, b in zip(again.layers, whole.layers, strict=True) for name in a
     )
     (job,) = (tmp_path / "work").iterdir()
-    assert (job / "gates.safetensors").exists()
+    sums = files.read_work(job, "gates")
+    files.write_work(job, "gates", sums | {"done": torch.tensor(99)})
+    with pytest.raises(LowkeyError, match="sums of 99 windows of"):
+        measured(model, work=tmp_path / "work")
 
 
 @pytest.mark.parametrize("method", GATES)
