@@ -77,6 +77,15 @@ KINDS = {
     "razor-4": lambda m: make_cache(m, planned(m, layout="pre_rope"), evicting("razor"), bits=4),
     "every": lambda m: make_cache(m, policy=evicting("h2o", every=2)),
     "every-global": lambda m: make_cache(m, policy=evicting("snapkv", every=3, allocator="global")),
+    # what is not kept is held in fewer bits
+    "mixed-4": lambda m: make_cache(m, policy=evicting("zipvl", rest="int2"), bits=4, exact=SMALL_WINDOW),
+    "mixed-kivi": lambda m: make_cache(
+        m, policy=evicting("snapkv", rest="kivi2", allocator="ada"), bits="kivi4", exact=SMALL_WINDOW
+    ),
+    "mixed-merged-pre": lambda m: make_cache(
+        m, merged(m, layout="pre_rope"), evicting("h2o", rest="int4"), bits=8, exact=SMALL_WINDOW
+    ),
+    "mixed-every": lambda m: make_cache(m, policy=evicting("h2o", every=3, rest="kivi4")),
     "think-global": lambda m: make_cache(m, policy=evicting("think", allocator="global")),
     "dynamic": lambda m: make_cache(
         m, make_plan("gemma2" if m.config.model_type == "gemma2" else "llama", "post_rope")

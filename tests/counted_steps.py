@@ -58,6 +58,7 @@ LIMITS = {
 NOT_PLAIN = {  # kinds whose third step looks at values, and why
     "every-global": "evicts in the third step",
     "every-hadamard4": "evicts in the third step",
+    "mixed-every": "evicts in the third step",
     "dynamic": "every token has a rank of its own",
     "dynamic-pre": "every token has a rank of its own",
 }

@@ -21,6 +21,7 @@ from lowkey.policies.snapkv import SnapKV
 from lowkey.policies.streaming import StreamingLLM
 from lowkey.policies.tova import TOVA
 from lowkey.policies.triattention import TriAttention
+from lowkey.policies.zipvl import ZipVL
 
 
 def each(context, score):
@@ -198,15 +199,49 @@ def by_dropkv(policy, context):
     return each(context, score)
 
 
+def mixed_bits(x):
+    """A 32-bit integer, mixed."""
+    x %= 2**32
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> shift)) * factor % 2**32
+    return x ^ (x >> 16)
+
+
+def by_probes(policy, context):
+    """ZipVL: the attention of the newest and of some drawn queries, over how many of them could pay it."""
+
+    def row(i):
+        real = sorted(int(p) for p in context.query_positions[i] if p >= 0)
+        newest = max(1, round(len(real) * policy.newest_probes))
+        others = sorted(real[:-newest], key=lambda p: mixed_bits(p + 0xC2B2AE3D * policy.seed))
+        probes = {*real[-newest:], *others[: round(len(real) * policy.random_probes)]}
+        paid = {}
+        for j in range(HEADS):
+            weights, _ = attention(context, i, j, 10**6)
+            for q, p in enumerate(context.query_positions[i].tolist()):
+                for t in context.valid[i, j].nonzero().flatten().tolist() if p in probes else ():
+                    at = int(context.positions[i, j, t])
+                    paid[at] = paid.get(at, 0.0) + float(weights[:, q, t].sum())
+        return paid, probes if policy.divisor == "probes" else real
+
+    rows = [row(i) for i in range(len(context.keys))]
+
+    def score(i, j):
+        paid, queries = rows[i]
+        return [
+            paid.get(at, 0.0) / max(1, sum(q >= at for q in queries))
+            for at in context.positions[i, j].tolist()
+        ]
+
+    return each(context, score)
+
+
 def by_chance(policy, context):
     """Random: integers that are mixed one by one."""
 
     def mixed(head, position):
         x = position + 0x9E3779B1 * head + 0x85EBCA77 * context.layer + 0xC2B2AE3D * policy.seed
-        x %= 2**32
-        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-            x = (x ^ (x >> shift)) * factor % 2**32
-        return (x ^ (x >> 16)) // 256 / 2**24
+        return mixed_bits(x) // 256 / 2**24
 
     return each(context, lambda i, j: [mixed(j, p) for p in context.positions[i, j].tolist()])
 
@@ -398,6 +433,10 @@ CASES = {
     "triattention": (TriAttention(**SMALL, reach=16), by_centres),
     "triattention mean": (TriAttention(**SMALL, reach=1, aggregation="mean"), by_centres),
     "fast-kvzip": (FastKVzip(**SMALL), by_sink_gate),
+    "zipvl": (ZipVL(**SMALL), by_probes),
+    "zipvl many probes": (ZipVL(**SMALL, newest_probes=0.2, random_probes=0.4, seed=3), by_probes),
+    "zipvl causal": (ZipVL(**SMALL, newest_probes=0.0, random_probes=0.3, divisor="causal"), by_probes),
+    "zipvl all": (ZipVL(**SMALL, newest_probes=1.0, random_probes=1.0), by_probes),
     "random": (Random(**SMALL), by_chance),
     "random seeded": (Random(**SMALL, seed=2**31 - 1), by_chance),
     "streamingllm": (StreamingLLM(**SMALL), by_position),

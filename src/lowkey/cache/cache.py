@@ -36,6 +36,7 @@ from lowkey.storage.coded import CodedLayer
 from lowkey.storage.compensating import CompensatingLayer
 from lowkey.storage.evicting import EvictingLayer
 from lowkey.storage.exact import DEFAULT_WINDOW, NO_EXACT_TOKENS, Exact
+from lowkey.storage.mixed import MixedLayer
 from lowkey.storage.packing import Scheme, scheme_or_none
 from lowkey.storage.pruning import PruningLayer
 from lowkey.storage.rollback import ForwardPass
@@ -45,9 +46,21 @@ EVICTING_LAYERS: dict[str, type[EvictingLayer]] = {
     "evicting": EvictingLayer,
     "compensating": CompensatingLayer,
     "pruning": PruningLayer,
+    "mixed": MixedLayer,
 }
 # attributes of layers that never change, so that copies of a cache share them
-SHARED_BY_COPIES = ("policy", "rope", "codec", "codecs", "gate", "exact", "sink_points", "packing", "gates")
+SHARED_BY_COPIES = (
+    "policy",
+    "rope",
+    "codec",
+    "codecs",
+    "gate",
+    "exact",
+    "sink_points",
+    "packing",
+    "rest_packing",
+    "gates",
+)
 CountedLayer = StoringLayer | StockLayer | StockSlidingLayer
 
 
@@ -248,7 +261,7 @@ class LowkeyCache(ContinuableCache):
             layer.frozen = on
 
     def kept_positions(self, layer: int, batch: int = 0) -> list[Tensor]:
-        """The positions that a layer holds.
+        """The positions that a layer holds, without those that a policy's `rest` holds in fewer bits.
 
         Args:
             layer: index of the layer.
@@ -430,7 +443,7 @@ def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedL
             rows_of_heads(plan) if plan else None,
             stored_shapes_of_layers(plan) if plan else None,
         )
-        kind, gates = EVICTING_LAYERS[policy.layer], origin.gates
+        kind, gates = EVICTING_LAYERS[policy.storing_layer], origin.gates
 
         def evicting(i: int) -> EvictingLayer:
             layer = kind(

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from lowkey.storage.coded import CodedLayer
 from lowkey.storage.evicting import EvictingLayer
-from lowkey.storage.flaws import first_flaw, rows_flaw, unlike
-from lowkey.storage.rows import block_starts
+from lowkey.storage.flaws import first_flaw, packed_rows_flaw, rows_flaw, unlike
 from lowkey.storage.stored_tokens import EMPTY
 
 HeadShape = tuple[int, int, int]
@@ -134,14 +133,16 @@ def _evicting(layer: EvictingLayer, shape: HeadShape, groups: int) -> str | None
         return rule
     if rule := rows_flaw(layer, layer.row_heads, rows.starts, rows.positions, n):
         return rule
-    rules = []
-    for (name, packing), parts in zip(layer.packing.items(), (rows.keys, rows.values), strict=True):
-        stored_heads, width = layer.shapes[name]
-        latents, blocks = stored_heads // layer.row_heads, int(block_starts(packing, rows.starts)[-1])
-        sizes = (blocks, latents, *((packing.block,) if packing.block > 1 else ()), width)
-        like = packing.pack(torch.empty(*sizes, dtype=layer.recent_k.dtype, device="meta"))
-        names = [f"rows_{attribute}" for attribute in layer.packed_attributes(name)]
-        rules += [unlike(a, part, *other.shape) for a, part, other in zip(names, parts, like, strict=True)]
+    rules = [
+        packed_rows_flaw(
+            layer,
+            [f"rows_{attribute}" for attribute in layer.packed_attributes(name)],
+            packing,
+            rows.starts,
+            layer.shapes[name],
+        )
+        for name, packing in layer.packing.items()
+    ]
     return first_flaw(*rules, layer.own_flaw(heads, shape[1], shape[2]))
 
 

@@ -12,7 +12,7 @@ from lowkey.policies import policy_name
 from lowkey.policies.base import Policy
 from lowkey.policies.gates import Gates
 from lowkey.storage.exact import SinkRule
-from lowkey.storage.packing import Scheme
+from lowkey.storage.packing import Scheme, scheme
 
 
 def check_combination(
@@ -35,6 +35,11 @@ def check_combination(
         raise LowkeyError(
             f"policy {name!r} {policy.needs_whole_keys}, and a {what} stores keys in another form; use it "
             "alone, or another policy"
+        )
+    if policy.rest != "drop" and packed is not None and scheme(policy.rest).bits >= packed.bits:
+        raise LowkeyError(
+            f"rest {policy.rest!r} of policy {name!r}: kept tokens are packed in {packed.bits} bits, and the "
+            "others must take fewer; give more bits, or another rest"
         )
     if plan and not all(f.rebuilds_keys for f in plan.factors.values()):
         raise LowkeyError(

@@ -12,7 +12,7 @@ from lowkey.plan.rows import rows_of_heads
 from lowkey.policies import policy_from_dict
 from lowkey.policies.base import Policy
 from lowkey.policies.sharing import KnownBefore
-from lowkey.storage.budgets import EvictionCosts, budget_of, protected_tokens
+from lowkey.storage.budgets import LEAST_INCREMENT, EvictionCosts, budget_of, protected_tokens
 from lowkey.storage.exact import Exact
 from lowkey.storage.packing import scheme_or_none
 
@@ -52,7 +52,7 @@ def held_bytes(plan: Plan, tokens: int, itemsize: int, latents: float = 1.0) -> 
         # where each level begins and ends, and two indices of the sequence
         indices = len(plan.factors) * INDEX * (2 * len(plan.token_ranks.levels) + 2)
         return math.ceil(tokens * plan.bytes_per_token(itemsize) + indices)
-    g, packed = plan.geometry, scheme_or_none(plan.bits)
+    packed = scheme_or_none(plan.bits)
     whole = plan.cache_bytes(itemsize, tokens)
     lossless = packed is None and not plan.factors
     # a plan that changes no number keeps exact tokens only if it says so
@@ -60,17 +60,15 @@ def held_bytes(plan: Plan, tokens: int, itemsize: int, latents: float = 1.0) -> 
     policy = None if plan.policy is None else policy_from_dict(plan.policy)
     if lossless and policy is None and not plan.sinks and not recent:
         return tokens * whole.full_token_bytes  # transformers' own layers
-    blocks = (packed.keys.block, packed.values.block) if packed else (1, 1)
-    exact, layers = Exact(plan.sinks, recent), []
-    for shapes in plan.stored_shapes():
-        rows = g["kv_heads"] // math.lcm(*(merged for merged, _ in shapes))
-        sizes = [latents * whole.latent_token_bytes(i, *shape) / rows for i, shape in enumerate(shapes)]
-        layers.append(
-            _Layer(rows, 2 * g["kv_heads"] * g["head_dim"] * itemsize // rows, blocks, tuple(sizes))
-        )
+    exact, layers = Exact(plan.sinks, recent), _layers(plan, tokens, itemsize, latents)
     if policy is not None:
-        return math.ceil(_Evicted(plan, policy, tokens, itemsize, exact, tuple(layers)).held())
-    by_age = max(blocks) > 1 or (recent > 0 and not lossless)
+        rest = (
+            None
+            if policy.rest == "drop"
+            else _layers(replace(plan, bits=policy.rest), tokens, itemsize, latents)
+        )
+        return math.ceil(_Evicted(plan, policy, tokens, itemsize, exact, layers, rest).held())
+    by_age = max(layers[0].blocks) > 1 or (recent > 0 and not lossless)
     return math.ceil(_dense(layers, tokens, exact) + len(layers) * INDEX * (3 if by_age else 2))
 
 
@@ -115,7 +113,20 @@ class _Layer:
         return sum(-(-tokens // block) * block * size for block, size in sides)
 
 
-def _dense(layers: list[_Layer] | tuple[_Layer, ...], tokens: int, exact: Exact) -> float:
+def _layers(plan: Plan, tokens: int, itemsize: int, latents: float) -> tuple[_Layer, ...]:
+    """The compressed layers of a plan; arguments are those of `held_bytes`."""
+    g, packed, found = plan.geometry, scheme_or_none(plan.bits), []
+    whole = plan.cache_bytes(itemsize, tokens)
+    blocks = (packed.keys.block, packed.values.block) if packed else (1, 1)
+    for shapes in plan.stored_shapes():
+        rows = g["kv_heads"] // math.lcm(*(merged for merged, _ in shapes))
+        sizes = [latents * whole.latent_token_bytes(i, *shape) / rows for i, shape in enumerate(shapes)]
+        exact = 2 * g["kv_heads"] * g["head_dim"] * itemsize // rows
+        found.append(_Layer(rows, exact, blocks, tuple(sizes)))
+    return tuple(found)
+
+
+def _dense(layers: tuple[_Layer, ...], tokens: int, exact: Exact) -> float:
     """The bytes of layers that keep all tokens, and of the indices of sinks, without others."""
     block = max(layers[0].blocks)
     slots = max(0, tokens - exact.recent) // block * block
@@ -137,6 +148,7 @@ class _Evicted:
         itemsize: bytes of a number in the model's dtype.
         exact: sinks and recent tokens that are held exactly.
         layers: the compressed layers; all have the same number of rows.
+        rest: the same layers as they hold tokens that are not kept; None if these are dropped.
     """
 
     plan: Plan
@@ -145,6 +157,7 @@ class _Evicted:
     itemsize: int
     exact: Exact
     layers: tuple[_Layer, ...]
+    rest: tuple[_Layer, ...] | None = None
 
     @property
     def rows(self) -> int:
@@ -195,6 +208,8 @@ class _Evicted:
             size += g["kv_heads"] * (2 * g["head_dim"] + 1) * MEAN
         if self.policy.prunes_channels:
             size += INDEX * (self.rows + 1) + IS_FIRM
+        if self.rest is not None:
+            size += INDEX * (self.rows + 1)
         return size
 
     def stays_dense(self) -> bool:
@@ -250,6 +265,18 @@ class _Evicted:
             copy_bytes=stored / n,
             rows_of_heads=rows_of_heads(self.plan),
         )
+        if self.rest is not None:
+            others = [layer.stored for layer in self.rest]
+            block = max(self.rest[0].blocks)
+            return replace(
+                costs,
+                entry_bytes=tuple(
+                    max(LEAST_INCREMENT, entry - rest - POSITION)
+                    for entry, rest in zip(entries, others, strict=True)
+                ),
+                fixed_bytes=costs.fixed_bytes + self.rows * (block - 1) * sum(others),
+                rest_bytes=sum(others) / n + POSITION,
+            )
         if not lost:
             return costs
         return replace(
@@ -287,14 +314,17 @@ class _Evicted:
         whole = min(n, max(self.policy.recent, self.exact.recent))
         never_pruned = whole + min(self.exact.sinks, n - whole)
         total, pruned = 0.0, 0
+        if self.rest is not None:  # the positions of all that is not kept
+            total += len(self.layers) * self.rows * (n - elsewhere) * POSITION
         for layer, (entries, stored) in zip(self.layers, self.entries(known, elsewhere), strict=True):
-            total += stored + entries * self.beside
+            total += stored + entries * (self.beside - (POSITION if self.rest is not None else 0))
             total += self.rows * ((self.exact.sinks + window) * layer.exact + window * self.score)
             pruned += entries - self.rows * (never_pruned - elsewhere)
         return total - pruned * lost * self.itemsize
 
     def entries(self, known: KnownBefore, elsewhere: int) -> list[tuple[int, float]]:
-        """For each layer, the tokens in all its rows together, and the most bytes that they are stored in.
+        """For each layer, the kept tokens in all its rows together, and the most bytes that all tokens of its
+        rows are stored in.
 
         Args:
             known: the budget in tokens.
@@ -308,12 +338,23 @@ class _Evicted:
             counts = None  # it lacks head scores, and could split the budget in any way
         if counts is not None and allocator.scores_decide == "nothing":
             lengths = [[n - elsewhere for n in of_layer] for of_layer in counts.tolist()]
-            in_rows = zip(self.layers, lengths, strict=True)
-            return [(sum(of_layer), sum(map(layer.row, of_layer))) for layer, of_layer in in_rows]
+            found = [
+                (sum(of_layer), sum(map(layer.row, of_layer)))
+                for layer, of_layer in zip(self.layers, lengths, strict=True)
+            ]
+            if self.rest is None:
+                return found
+            others = [
+                sum(layer.row(most - n) for n in of_layer)
+                for layer, of_layer in zip(self.rest, lengths, strict=True)
+            ]
+            return [(n, size + more) for (n, size), more in zip(found, others, strict=True)]
         if counts is not None:
             sums = [int(n) - rows * elsewhere for n in counts.sum(1)]
-            in_layers = zip(self.layers, sums, strict=True)
-            return [(n, min(self.most(layer, n), rows * layer.row(most))) for layer, n in in_layers]
+            return [
+                (n, min(self.most(layer, n), rows * layer.row(most)) + self.most_of_rest(i, rows * most - n))
+                for i, (layer, n) in enumerate(zip(self.layers, sums, strict=True))
+            ]
         alike = len({layer.stored for layer in self.layers}) == 1
         everything = [(rows * most, rows * layer.row(most)) for layer in self.layers]
         if not allocator.bounded or (self.in_bytes and not alike):
@@ -326,8 +367,15 @@ class _Evicted:
         for i in sorted(range(len(sums)), key=lambda i: -self.layers[i].stored):
             sums[i] += max(0, min(left, rows * most - least))
             left -= sums[i] - least
-        return [(n, self.most(layer, n)) for layer, n in zip(self.layers, sums, strict=True)]
+        return [
+            (n, self.most(layer, n) + self.most_of_rest(i, rows * most - n))
+            for i, (layer, n) in enumerate(zip(self.layers, sums, strict=True))
+        ]
 
     def most(self, layer: _Layer, entries: int) -> float:
         """The most bytes that so many tokens in the rows of a layer are stored in."""
         return entries * layer.stored + self.rows * layer.filled
+
+    def most_of_rest(self, layer: int, tokens: int) -> float:
+        """The most bytes that so many tokens which are not kept are stored in, in the rows of a layer."""
+        return 0.0 if self.rest is None or not tokens else self.most(self.rest[layer], tokens)

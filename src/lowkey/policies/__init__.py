@@ -33,6 +33,7 @@ from lowkey.policies.streaming import StreamingLLM
 from lowkey.policies.think import ThinK
 from lowkey.policies.tova import TOVA
 from lowkey.policies.triattention import TriAttention
+from lowkey.policies.zipvl import ZipVL
 
 SCORES: dict[str, type[Policy]] = {
     "streamingllm": StreamingLLM,
@@ -51,6 +52,7 @@ SCORES: dict[str, type[Policy]] = {
     "fast-kvzip": FastKVzip,
     "dropkv": DropKV,
     "triattention": TriAttention,
+    "zipvl": ZipVL,
     "random": Random,
     "oracle": Oracle,
 }
@@ -94,6 +96,7 @@ __all__ = [
     "StreamingLLM",
     "ThinK",
     "TriAttention",
+    "ZipVL",
     "TOKEN_ALLOCATORS",
     "policy_from_dict",
     "policy_name",

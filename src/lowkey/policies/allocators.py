@@ -169,10 +169,14 @@ class Blocks(TokenAllocator):
 class LayerMass(TokenAllocator):
     """ZipVL's layer-adaptive count: a layer keeps as many tokens as hold a share of its scores.
 
-    Let `c_lj` be the score of token j in layer l, summed over its heads, without sinks and recent tokens, and
-    p_l the fewest tokens whose largest scores add up to the share tau of all. All heads of a layer keep p_l
-    tokens besides the sinks and recent ones. tau is the largest one that the budget allows, the same for all
-    layers; what is left goes to all heads alike. It suits scores that add up, like attention.
+    Let `c_lj` be the mass of token j in layer l, summed over its heads: its score, unless the policy weighs
+    tokens otherwise. p_l is the fewest tokens whose largest masses add up to the share tau of all. All heads
+    of a layer keep p_l tokens. tau is the largest one that the budget allows, the same for all layers; what
+    is left goes to all heads alike. It suits scores that add up, like attention.
+
+    Args:
+        protected_mass: whether the mass of sinks and recent tokens counts, and these tokens in p_l. If not,
+            they are kept besides (default False).
 
     Source: arXiv:2410.08584, eq. 6. Where we differ: there tau is given and the memory follows, and sinks
     count, which hold much of the mass.
@@ -180,19 +184,20 @@ class LayerMass(TokenAllocator):
 
     scope: ClassVar[Scope] = "cache"
     summary: ClassVar[str] = "as many tokens of a layer as hold a share of its scores (arXiv:2410.08584)"
+    weighs: ClassVar[bool] = True
+
+    protected_mass: bool = False
 
     def counts(self, request: AllocationRequest) -> Tensor:
         """Counts (n, h) that are alike in all heads of a layer; see `TokenAllocator.counts`."""
-        scores, heads = request.scores, request.scores.shape[1]
-        mass = scores.masked_fill(~scores.isfinite(), 0.0).clamp_min(0.0).double().sum(1).cpu()
-        held = mass.sort(1, descending=True).values.cumsum(1)
-        shares = held / held[:, -1:].clamp_min(1e-300)
-        protected, total = request.minimum.amax(1), request.share()
+        heads, longest = request.scores.shape[1:]
+        held, total = _held_mass(request, self.protected_mass), request.share()
+        protected = request.minimum.amax(1)
 
         def counted(tau: float) -> Tensor:
-            tokens = torch.searchsorted(shares, torch.full((len(shares), 1), tau, dtype=torch.float64))
-            needed = (tokens[:, 0] + 1) * ((held[:, -1] > 0) & (tau > 0))  # a layer without mass needs none
-            return (needed + protected).clamp_max(scores.shape[2])
+            needed = _needed(held, tau)
+            with_protected = needed.maximum(protected) if self.protected_mass else needed + protected
+            return with_protected.clamp_max(longest)
 
         low, high = 0.0, 1.0
         for _ in range(TAU_HALVINGS):
@@ -306,6 +311,39 @@ class AtLeast(TokenAllocator):
         return (request.scores >= self.score).sum(-1).cpu()
 
 
+@dataclass(frozen=True)
+class MassShare(TokenAllocator):
+    """ZipVL's layer-adaptive count as published: the share of mass is given, and the memory follows. For
+    policies without a budget.
+
+    A layer keeps the fewest tokens whose largest masses, summed over its heads, add up to the share tau of
+    all; see `LayerMass`, which finds tau for a budget.
+
+    Args:
+        tau: the share of a layer's mass (default 0.975); 1 keeps all tokens.
+        protected_mass: whether the mass of sinks and recent tokens counts, and these tokens in the count, as
+            published. If not, they are kept besides (default False).
+
+    Source: arXiv:2410.08584, eq. 6, which has tau at 0.96 and 0.975.
+    """
+
+    scope: ClassVar[Scope] = "layer"
+    summary: ClassVar[str] = "as many tokens of a layer as hold the share tau of its scores, without a budget"
+    bounded: ClassVar[bool] = False
+    weighs: ClassVar[bool] = True
+
+    tau: float = option(0.975, above=0, at_most=1)
+    protected_mass: bool = False
+
+    def counts(self, request: AllocationRequest) -> Tensor:
+        """Counts (n, h) by mass; see `TokenAllocator.counts`."""
+        if self.tau == 1:
+            return request.maximum
+        needed = _needed(_held_mass(request, self.protected_mass), self.tau).unsqueeze(1)
+        least = request.minimum
+        return (least.maximum(needed) if self.protected_mass else least + needed).minimum(request.maximum)
+
+
 TOKEN_ALLOCATORS: dict[str, type[TokenAllocator]] = {
     "uniform": UniformTokens,
     "pyramid": Pyramid,
@@ -316,7 +354,29 @@ TOKEN_ALLOCATORS: dict[str, type[TokenAllocator]] = {
     "headkv": HeadKV,
     "classes": Classes,
     "at-least": AtLeast,
+    "mass-share": MassShare,
 }
+
+
+def _held_mass(request: AllocationRequest, protected: bool) -> Tensor:
+    """What the tokens of largest mass of a layer hold together (n, s), in fp64, one, two and more of them.
+
+    Args:
+        request: scores and masses.
+        protected: whether tokens that are always kept count.
+    """
+    scores = request.scores
+    mass = scores if request.mass is None else request.mass
+    counts = ~scores.isneginf() if protected else scores.isfinite()
+    mass = mass.masked_fill(~(counts & mass.isfinite()), 0.0).clamp_min(0.0).double().sum(1).cpu()
+    return mass.sort(1, descending=True).values.cumsum(1)
+
+
+def _needed(held: Tensor, tau: float) -> Tensor:
+    """The fewest tokens (n) that hold a share of the mass; `held` as `_held_mass` returns it."""
+    whole = held[:, -1:]
+    tokens = torch.searchsorted(held / whole.clamp_min(1e-300), torch.full_like(whole, tau))[:, 0] + 1
+    return tokens * ((whole[:, 0] > 0) & (tau > 0))  # a layer without mass needs none
 
 
 def _scores_of_kinds(

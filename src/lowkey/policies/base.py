@@ -24,6 +24,7 @@ from lowkey.policies.allocators import TOKEN_ALLOCATORS
 from lowkey.policies.sharing import HeadImportance, TokenAllocator
 
 Pooling = Literal["max", "mean"]
+Rest = Literal["drop", "int8", "int4", "int2", "kivi8", "kivi4", "kivi2"]
 CosAndSin = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # Attention weights that are formed at once. On an accelerator a block takes 128 MiB in fp32, and a few copies
@@ -200,6 +201,10 @@ class Policy(ABC):
         protect_prompt: keep all tokens that came before the first step of decoding (default False). The
             budget then counts the tokens that came after them; it is a share or a number of tokens. Later
             turns of a conversation count as what came after.
+        rest: what becomes of tokens that are not kept: `drop`, or the integers in which they are held
+            instead, fewer bits than those of the cache (default `drop`). What is said of kept tokens, like
+            the budget, is then of those that stay in the cache's own form; a budget of bytes still counts
+            everything. A token that once is in fewer bits stays so.
 
     Raises:
         LowkeyError: an option out of its range, a budget without need or missing, or one that does not hold
@@ -222,6 +227,8 @@ class Policy(ABC):
     learns: ClassVar[str] = ""
     # Whether that layer drops channels of the keys that it keeps.
     prunes_channels: ClassVar[bool] = False
+    # Whether a token that was kept stays kept at later evictions, as long as there is no budget.
+    keeps_for_good: ClassVar[bool] = False
     # In words, what it does to keys that neither a plan nor integers allow; empty if any stored form will do.
     needs_whole_keys: ClassVar[str] = ""
 
@@ -232,6 +239,7 @@ class Policy(ABC):
     every: int = option(0, at_least=0, at_most=2**24)
     head_pooling: Pooling = "mean"
     protect_prompt: bool = False
+    rest: Rest = "drop"
 
     def __post_init__(self) -> None:
         parsed = None if self.budget is None else Budget.parse(self.budget)
@@ -256,6 +264,11 @@ class Policy(ABC):
                 f"budget {parsed} with protect_prompt: it is of the tokens that come after the prompt, not "
                 "of bytes; give a share like '25%' or a number like '512 tokens'"
             )
+        if self.rest != "drop" and self.layer != "evicting":
+            raise LowkeyError(
+                f"rest {self.rest!r} of {type(self).__name__}: its layers hold tokens in a form of their own "
+                "and drop the others; leave it out, or use another policy"
+            )
         if self.protect_prompt and self.prunes_channels:
             raise LowkeyError(
                 f"protect_prompt of {type(self).__name__}: it drops channels of the prompt's keys; leave it "
@@ -265,6 +278,11 @@ class Policy(ABC):
     def resolved_allocator(self) -> TokenAllocator:
         """The allocator as an object; one given by name has its default options."""
         return TOKEN_ALLOCATORS[self.allocator]() if isinstance(self.allocator, str) else self.allocator
+
+    @property
+    def storing_layer(self) -> str:
+        """The cache layer that stores what this policy keeps, and its `rest` if it has one."""
+        return self.layer if self.rest == "drop" else "mixed"
 
     @property
     def second_pass(self) -> SecondPass | None:
@@ -315,6 +333,13 @@ class Policy(ABC):
 
         Scores of invalid candidates, of sinks and of recent tokens are ignored.
         """
+
+    def score_and_mass(self, context: EvictionContext) -> tuple[Tensor, Tensor | None]:
+        """Scores, and what the tokens weigh (b, h, s) where an allocator counts shares of a layer's mass.
+
+        None for the mass says that scores are weights themselves.
+        """
+        return self.score(context), None
 
 
 def attention_sums(context: EvictionContext, last: int = 0, squared: bool = False) -> Tensor:

@@ -8,12 +8,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from lowkey.core.options import option
+from lowkey.ops.hashing import OF_SEED, hashed
 from lowkey.policies.base import EvictionContext, Policy
 
-LOW = 2**32 - 1  # the low 32 bits
 # odd numbers that mix the bits of what is hashed
-OF_HEAD, OF_LAYER, OF_SEED = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D
-MIXING = ((16, 0x7FEB352D), (15, 0x846CA68B))
+OF_HEAD, OF_LAYER = 0x9E3779B1, 0x85EBCA77
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,5 @@ class Random(Policy):
         """A hash of where each token is (b, h, s); see `Policy.score`."""
         at = context.positions
         heads = at.new_tensor(range(at.shape[1])).view(1, -1, 1)
-        x = (at + OF_HEAD * heads + OF_LAYER * context.layer + OF_SEED * self.seed) & LOW
-        for shift, factor in MIXING:
-            x = ((x ^ (x >> shift)) * factor) & LOW
-        return ((x ^ (x >> 16)) >> 8).float() / 2**24  # fp32 holds 24 bits
+        x = hashed(at + OF_HEAD * heads + OF_LAYER * context.layer + OF_SEED * self.seed)
+        return (x >> 8).float() / 2**24  # fp32 holds 24 bits

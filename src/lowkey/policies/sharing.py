@@ -61,6 +61,8 @@ class AllocationRequest:
         rows_of_heads: for each layer, which of the h places each KV head shares with others; None if each has
             its own.
         protected: how many tokens a head of any layer always keeps at most, if a layer may have fewer.
+        mass: (n, h, s), what the tokens weigh where shares of a layer's mass are counted; None for their
+            scores.
     """
 
     scores: Tensor
@@ -70,6 +72,7 @@ class AllocationRequest:
     total_layers: int
     rows_of_heads: Sequence[Sequence[int]] | None = None
     protected: int = 0
+    mass: Tensor | None = None
 
     @property
     def minimum(self) -> Tensor:
@@ -104,12 +107,14 @@ class TokenAllocator(Checked, ABC):
         bounded: whether a budget bounds the counts.
         scores_decide: what only scores tell: `nothing`, how many tokens the `heads` of a layer get, or how
             many the `layers` get.
+        weighs: whether counts depend on `AllocationRequest.mass`.
     """
 
     scope: ClassVar[Scope]
     summary: ClassVar[str]
     bounded: ClassVar[bool] = True
     scores_decide: ClassVar[Literal["nothing", "heads", "layers"]] = "layers"
+    weighs: ClassVar[bool] = False
 
     def planned(self, known: KnownBefore) -> Tensor | None:
         """Counts (layers, h) that are known before there are scores; None if only scores tell.

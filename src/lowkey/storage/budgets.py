@@ -13,6 +13,7 @@ from lowkey.policies.sharing import KnownBefore
 from lowkey.storage.exact import NO_EXACT_TOKENS, Exact
 
 BYTE_ROUNDING = 1e-6  # bytes; budgets are floats, and must not fail by a rounding error
+LEAST_INCREMENT = 1e-6  # bytes by which a kept token takes more than one of the rest, at least; a divisor
 TRIALS = 12  # of numbers of entries, until the bytes of layers that are not alike fill a budget
 
 
@@ -109,6 +110,8 @@ class EvictionCosts:
         expected_tokens: tokens that will be given again and then stay. A budget counts them as seen.
         expected_bytes: what they will take.
         rows_of_heads: for each layer, the row of each KV head; None if every head has a row of its own.
+        rest_bytes: what a token that is not kept takes in each row, on average over layers. Entries and exact
+            tokens take so much besides what is said of them.
     """
 
     heads: int
@@ -124,6 +127,7 @@ class EvictionCosts:
     expected_tokens: int = 0
     expected_bytes: float = 0
     rows_of_heads: tuple[tuple[int, ...], ...] | None = None
+    rest_bytes: float = 0
 
     @property
     def mean_entry_bytes(self) -> float:
@@ -148,7 +152,8 @@ class EvictionCosts:
         exact = min(tokens, filled + recent) * self.exact_extra_bytes
         # slots that are empty, and those whose sink is also in the window
         slots = (self.exact.sinks - min(filled, self._sinks_behind_window(tokens))) * self.slot_bytes
-        return granted - self.fixed_bytes - self.expected_bytes - self.heads * (exact + slots)
+        each = exact + slots + tokens * self.rest_bytes
+        return granted - self.fixed_bytes - self.expected_bytes - self.heads * each
 
     def _sinks_behind_window(self, tokens: int) -> int:
         """How many sinks such a sequence has that have left the window, at most."""

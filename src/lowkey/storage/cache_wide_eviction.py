@@ -32,6 +32,7 @@ class Candidates:
         sinks: how many of the s places are sinks that have left the dense tokens.
         in_rows: how many places behind them are those of the rows, as many as the longest row has tokens.
         latents: keys and values (b, G, s', r) of the dense tokens, if they have to be packed anew.
+        mass: (b, R, s), what the tokens weigh; see `Policy.score_and_mass`. None for their scores.
     """
 
     positions: Tensor
@@ -40,15 +41,18 @@ class Candidates:
     sinks: int
     in_rows: int
     latents: tuple[Tensor, Tensor] | None = None
+    mass: Tensor | None = None
 
     def first(self, stop: int) -> Candidates:
         """The first `stop` places."""
         cut = {name: getattr(self, name)[..., :stop] for name in ("positions", "valid", "previous_scores")}
-        return replace(self, **cut)
+        return replace(self, **cut, mass=None if self.mass is None else self.mass[..., :stop])
 
     def tensors(self) -> Iterator[Tensor]:
         """All tensors that are held."""
         yield from (self.positions, self.valid, self.previous_scores, *(self.latents or ()))
+        if self.mass is not None:
+            yield self.mass
 
 
 @dataclass
@@ -95,6 +99,8 @@ class CacheWideEviction:
         # layers may hold different numbers of tokens after an earlier eviction
         longest = max(s.shape[-1] for *_, s in self.waiting)
         scores = torch.stack([pad(s, (0, longest - s.shape[-1]), value=-torch.inf) for *_, s in self.waiting])
+        masses = [c.mass for _, c, _ in self.waiting if c.mass is not None]  # of all layers, or of none
+        mass = torch.stack([pad(m, (0, longest - m.shape[-1])) for m in masses]) if masses else None
         # a budget is a sequence's own, so each sequence of the batch is allocated by itself
         sinks, recent = protected_tokens(layer.policy, layer.exact)
         sequences = zip(layer.tokens_seen().tolist(), layer.protected_prompt().tolist(), strict=True)
@@ -107,6 +113,7 @@ class CacheWideEviction:
                 self.layers,
                 self.rows_of_heads,
                 min(n, max(prompt, sinks) + recent),
+                None if mass is None else mass[:, i],
             )
             for i, (n, prompt) in enumerate(sequences)
         ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from lowkey.ops.ragged import join_rows, pad_rows, starts_of, top_mask
 from lowkey.storage.cache_wide_eviction import Candidates
+from lowkey.storage.packing import Packing
 from lowkey.storage.row_layer import RowLayer
 from lowkey.storage.rows import Rows, joined_rows, select_tokens, tokens_of_dense
 
@@ -70,18 +73,29 @@ class CandidateLayer(RowLayer):
             chunk: keys and values (b, h, t, d) of the newest dense tokens as they came, if the newest call
                 brought any; older ones are read as they are stored.
         """
-        b, old = len(self.offset), self._old_rows()
-        stored = []
-        for latents in self._unpacked(old):
-            dense = pad_rows(latents, old.starts)[0].unflatten(0, (b, self.row_heads))
-            stored.append(dense.transpose(2, 3).flatten(1, 2))
         first = candidates.sinks
         positions = candidates.positions[..., first : first + candidates.in_rows]
-        positions = positions.repeat_interleave(self.codec.heads_per_row, 1)
-        rows = self.codec.rebuilt_keys(stored[0], positions), self.codec.expand_values(stored[1])
+        rows = self._rows_as_read(self._old_rows(), None, positions)
         both = zip((self.sink_k, self.sink_v), rows, self._dense_as_read(chunk), strict=True)
         keys, values = (self._in_model_order(torch.cat(parts, 2)) for parts in both)
         return keys, values
+
+    def _rows_as_read(
+        self, rows: Rows, packings: Mapping[str, Packing] | None, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values (b, h, s, d) of some rows, heads in the codec's order; any numbers in gaps.
+
+        Args:
+            rows: the rows.
+            packings: of their keys and values; None for the layer's own.
+            positions: (b, R, s), of their tokens.
+        """
+        stored = []
+        for latents in self._unpacked(rows, packings):
+            dense = pad_rows(latents, rows.starts)[0].unflatten(0, (len(self.offset), self.row_heads))
+            stored.append(dense.transpose(2, 3).flatten(1, 2))
+        positions = positions.repeat_interleave(self.codec.heads_per_row, 1)
+        return self.codec.rebuilt_keys(stored[0], positions), self.codec.expand_values(stored[1])
 
     def _in_sink_slots(self, candidates: Candidates) -> Tensor:
         """(b, 1, s): which candidates are held as exact sinks."""

@@ -169,7 +169,7 @@ class EvictingLayer(CandidateLayer):
         return mean
 
     def kept_positions(self, sequence: int) -> list[Tensor]:
-        """For each KV head, the positions that are held for a sequence of the batch, ascending."""
+        """For each KV head, the positions that were kept for a sequence of the batch, ascending."""
         candidates = self._candidates(None)
         rows = [
             positions[valid].sort().values
@@ -269,6 +269,11 @@ class EvictingLayer(CandidateLayer):
 
     # -- evicting
 
+    @property
+    def packs_anew(self) -> bool:
+        """Whether an eviction packs dense tokens anew, and so needs their latents."""
+        return self.block > 1
+
     def evict(self) -> None:
         """Evict now, by the scores that the tokens have from earlier calls."""
         self.make_compact()
@@ -298,7 +303,7 @@ class EvictingLayer(CandidateLayer):
             self.recorded_queries = self.recorded_queries.new_empty(0)
             return
         candidates = self._candidates(real)
-        scores = self._pooled(self.policy.score(self._context(call, candidates, chunk, repetition_lse)))
+        scores, mass = self._scored(call, candidates, chunk, repetition_lse)
         number = candidates.positions - self._first_positions()  # counted from each sequence's first token
         # a sequence for which this call is a step of decoding evicts nothing: alone, it would not either
         stepping = self.decoding_rows(call.query.shape[3])[:, None, None]
@@ -307,14 +312,17 @@ class EvictingLayer(CandidateLayer):
             previous_scores=torch.where(stepping, candidates.previous_scores, scores),
             # tokens that only score come last, and are no longer candidates
             valid=candidates.valid & (number < tokens[:, None, None]),
+            mass=mass,
         )
         recent = protected_tokens(self.policy, self.exact)[1]
         stays = stepping | (number < self.policy.sinks) | (number >= (tokens - recent)[:, None, None])
         stays = stays | (number < self.protected_prompt()[:, None, None]) | self._in_sink_slots(candidates)
+        if self.policy.keeps_for_good and self.policy.budget is None:
+            stays[..., candidates.sinks : candidates.sinks + candidates.in_rows] = True
         scores = scores.nan_to_num(0.0).clamp(-LARGEST_SCORE, LARGEST_SCORE)
         scores = scores.masked_fill(stays, torch.inf).masked_fill(~candidates.valid, -torch.inf)
         latents = None
-        if self.block > 1 and not self.frozen:
+        if self.packs_anew and not self.frozen:
             latents = self._latents_of_dense(chunk)
         stop = candidates.positions.shape[2] - self.transient_tokens
         candidates, scores = candidates.first(stop), scores[..., :stop]
@@ -323,6 +331,22 @@ class EvictingLayer(CandidateLayer):
             self._remember(candidates)
         else:
             self.cache_eviction.add(self, replace(candidates, latents=latents), scores)
+
+    def _scored(
+        self,
+        call: Call,
+        candidates: Candidates,
+        chunk: tuple[Tensor, Tensor] | None,
+        repetition_lse: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores (b, R, s) of the candidates of rows, and their mass if the allocator weighs any.
+
+        Arguments are those of `_evict`.
+        """
+        context = self._context(call, candidates, chunk, repetition_lse)
+        scores, mass = self.policy.score_and_mass(context)
+        weighs = mass is not None and self.policy.resolved_allocator().weighs
+        return self._pooled(scores), self._pooled(mass) if mass is not None and weighs else None
 
     def _pooled(self, scores: Tensor) -> Tensor:
         """Scores (b, h, s) of KV heads in the model's order -> scores (b, R, s) of rows."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowkey.ops.ragged import row_of
 from lowkey.storage.file_names import file_name
+from lowkey.storage.packing import Packing
+from lowkey.storage.rows import block_starts
 
 
 def unlike(name: str, t: Tensor, *shape: int) -> str | None:
@@ -26,6 +29,26 @@ def unlike(name: str, t: Tensor, *shape: int) -> str | None:
 def first_flaw(*rules: str | None) -> str | None:
     """The first rule that is broken, or None."""
     return next((rule for rule in rules if rule), None)
+
+
+def packed_rows_flaw(
+    layer: Any, names: list[str], packing: Packing, starts: Tensor, heads_and_width: tuple[int, int]
+) -> str | None:
+    """The rule that the tensors of packed rows break by their shapes, or None.
+
+    Args:
+        layer: the layer.
+        names: its attributes that hold what the packing stores.
+        packing: of keys or of values.
+        starts: where rows begin, counted in tokens.
+        heads_and_width: of stored keys or values, over all rows of a sequence.
+    """
+    latents, blocks = heads_and_width[0] // layer.row_heads, int(block_starts(packing, starts)[-1])
+    sizes = (blocks, latents, *((packing.block,) if packing.block > 1 else ()), heads_and_width[1])
+    # packing tensors without memory tells the shapes that files of such a layer must have
+    like = packing.pack(torch.empty(*sizes, dtype=layer.recent_k.dtype, device="meta"))
+    pairs = zip(names, like, strict=True)
+    return first_flaw(*(unlike(name, getattr(layer, name), *other.shape) for name, other in pairs))
 
 
 def rows_flaw(layer: Any, heads: int, starts: Tensor, positions: Tensor, kept: int) -> str | None:

@@ -7,7 +7,7 @@ tokens from the dense part into the rows is up to a subclass.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -142,16 +142,29 @@ class RowLayer(RaggedLayer, CodedLayer):
 
     # -- bytes
 
-    def _packed_token_bytes(self, shapes: tuple[tuple[int, int], ...] | None = None) -> float:
+    def _packed_token_bytes(
+        self,
+        shapes: tuple[tuple[int, int], ...] | None = None,
+        packings: Mapping[str, Packing] | None = None,
+    ) -> float:
         """The bytes of one stored token of one row, without its position.
 
         Args:
             shapes: (heads, width) of stored keys and values; None for this layer's own.
+            packings: of keys and values; None for the layer's own.
         """
         size, shapes = self.recent_k.element_size(), shapes or tuple(self.shapes.values())
         return sum(
             heads // self.row_heads * packing.nbytes(packing.block, width, size) / packing.block
-            for packing, (heads, width) in zip(self.packing.values(), shapes, strict=True)
+            for packing, (heads, width) in zip((packings or self.packing).values(), shapes, strict=True)
+        )
+
+    def _rows_bytes(self, packings: Mapping[str, Packing], starts: Tensor) -> int:
+        """The bytes of the keys and values of rows that begin at `starts`."""
+        size = self.recent_k.element_size()
+        return sum(
+            rows_nbytes(packing, starts, self._latents(name), self.shapes[name][1], size)
+            for name, packing in packings.items()
         )
 
     def _exact_token_bytes(self) -> int:
@@ -177,19 +190,11 @@ class RowLayer(RaggedLayer, CodedLayer):
         """The bytes of dense tokens, of the rows, of indices and of scores."""
         if not self.is_initialized:
             return 0
-        size = self.recent_k.element_size()
-        stored = sum(
-            rows_nbytes(packing, self.rows_starts, self._latents(name), self.shapes[name][1], size)
-            for name, packing in self.packing.items()
-        )
-        scores = self.kept_entries + self.dense_scores.numel()
-        return (
-            super().predicted_nbytes()
-            + stored
-            + self.kept_entries * self.rows_positions.element_size()
-            + len(self.rows_starts) * self.rows_starts.element_size()
-            + scores * self._score_bytes()
-        )
+        scores = (self.kept_entries + self.dense_scores.numel()) * self._score_bytes()
+        positions = self.kept_entries * self.rows_positions.element_size()
+        starts = len(self.rows_starts) * self.rows_starts.element_size()
+        stored = self._rows_bytes(self.packing, self.rows_starts)
+        return super().predicted_nbytes() + stored + positions + starts + scores
 
     # -- attending
 
@@ -205,22 +210,26 @@ class RowLayer(RaggedLayer, CodedLayer):
 
     def _row_segments(self, rotation: Rotation | None) -> list[StepSegment]:
         """The tokens in rows, with a row for each KV head."""
-        if not self.kept_entries:
-            return []
-        heads, starts, rows = self.codec.heads_per_row, self.rows_starts, self.rows
+        return [self._segment_of(self.rows, self.packing, rotation)] if self.kept_entries else []
+
+    def _segment_of(
+        self, rows: Rows, packings: Mapping[str, Packing], rotation: Rotation | None
+    ) -> StepSegment:
+        """The tokens of some rows, of which there are some, with a row for each KV head."""
+        heads, starts = self.codec.heads_per_row, rows.starts
         keys, values = (
             stored_in_rows(packing, parts, self.shapes[name][1], starts).repeated(
                 heads // self._latents(name)
             )
-            for (name, packing), parts in zip(self.packing.items(), (rows.keys, rows.values), strict=True)
+            for (name, packing), parts in zip(packings.items(), (rows.keys, rows.values), strict=True)
         )
         rebuilding = None
         if rotation is not None:
             maps = self.codec.key_maps(heads * self.row_heads)
             firsts = starts[:-1].repeat_interleave(heads)
-            rebuilding = Rebuilding(*maps, self.rows_positions, firsts, rotation)
+            rebuilding = Rebuilding(*maps, rows.positions, firsts, rotation)
         lengths = starts.diff().repeat_interleave(heads)
-        return [StepSegment(keys, values, lengths, self.codec != Plain(), 0, rebuilding)]
+        return StepSegment(keys, values, lengths, self.codec != Plain(), 0, rebuilding)
 
     def _parts_of_step(self, call: Call, room: Room, view: View) -> list[Part]:
         """See `SteppingLayer._parts_of_step`."""
@@ -293,13 +302,23 @@ class RowLayer(RaggedLayer, CodedLayer):
         """Attention over the rows; if `split`, over the repeated span and over all else by itself."""
         if not self.kept_entries:
             return []
-        positions, starts = self.rows_positions, self.rows_starts
+        return self._parts_of(self.rows, self.packing, call, split, self.longest_row)
+
+    def _parts_of(
+        self,
+        rows: Rows,
+        packings: Mapping[str, Packing],
+        call: Call,
+        split: bool,
+        longest: Callable[[], int],
+    ) -> list[Part]:
+        """Attention over some rows, of which `longest` tells the most tokens; see `_row_parts`."""
+        positions, starts = rows.positions, rows.starts
         at = self.positions_of(self.seen - call.query.shape[3], self.seen)
         if not split and self._reads_in_place(call):
-            rows = self.rows
             keys_stored, values_stored = (
                 stored_in_rows(packing, parts, self.shapes[name][1], starts)
-                for (name, packing), parts in zip(self.packing.items(), (rows.keys, rows.values), strict=True)
+                for (name, packing), parts in zip(packings.items(), (rows.keys, rows.values), strict=True)
             )
             of_rows = positions_in_rows(positions, starts, len(self.offset), self.codec.heads_per_row)
             part = attend_to_stored(
@@ -312,10 +331,10 @@ class RowLayer(RaggedLayer, CodedLayer):
                 of_rows,
                 call.scaling,
                 call.softcap,
-                longest=self.longest_row(),
+                longest=longest(),
             )
             return [part]
-        keys, values = self._unpacked(self.rows)
+        keys, values = self._unpacked(rows, packings)
         sets = [(keys, values, positions, starts)]
         if split:
             row = row_of(starts)
@@ -334,11 +353,11 @@ class RowLayer(RaggedLayer, CodedLayer):
         rows = self.rows
         return super()._reads_in_place(call) and reads_in_place(call.query, (*rows.keys, *rows.values))
 
-    def _unpacked(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Keys (n, a, r_K) and values (n, a', r_V) of some rows."""
+    def _unpacked(self, rows: Rows, packings: Mapping[str, Packing] | None = None) -> tuple[Tensor, Tensor]:
+        """Keys (n, a, r_K) and values (n, a', r_V) of rows, in the layer's packings if none are given."""
+        both = zip((packings or self.packing).items(), (rows.keys, rows.values), strict=True)
         keys, values = (
-            unpack_rows(packing, parts, self.shapes[name][1], rows.starts)
-            for (name, packing), parts in zip(self.packing.items(), (rows.keys, rows.values), strict=True)
+            unpack_rows(packing, parts, self.shapes[name][1], rows.starts) for (name, packing), parts in both
         )
         return keys, values
 
@@ -464,6 +483,10 @@ class RowLayer(RaggedLayer, CodedLayer):
         """Further tensors that lie row after row, by the name of the tensor that says where rows begin."""
         return {}
 
+    def selected_by_subclass(self) -> set[str]:
+        """Further tensors that lie row after row, of which a subclass selects sequences itself."""
+        return set()
+
     def select_sequences(self, choose: Callable[[Tensor], Tensor]) -> None:
         """Keep some sequences of the batch; see `StoringLayer.select_sequences`."""
         if not self.is_initialized:
@@ -472,7 +495,7 @@ class RowLayer(RaggedLayer, CodedLayer):
         _, numbers = self.chosen_rows(choose, self.row_heads)
         rows, ragged = self.rows, self.ragged()
         own = [attribute for name in self.packing for attribute in self._row_attributes(name)]
-        flat = {*own, "rows_positions", "rows_starts", "rows_scores"}
+        flat = {*own, "rows_positions", "rows_starts", "rows_scores", *self.selected_by_subclass()}
         flat |= {name for starts, names in ragged.items() for name in (starts, *names)}
         new = {name: choose(t) for name, t in self.tensors().items() if name not in flat and t.ndim > 1}
         for starts, names in ragged.items():

@@ -96,6 +96,20 @@ EXACT = [
 
 
 @pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize(("bits", "rest"), [(None, "int4"), ("int8", "int2"), ("kivi4", "kivi2")])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_what_is_not_kept_may_take_fewer_bits(ranks, bits, rest, window):
+    model = attached("llama")
+    for name, budget, options in EXACT:
+        if name == "razor":
+            continue  # its layers hold a form of their own
+        own = on_all_axes(model, ranks, bits, (name, budget, options | {"rest": rest}), window)
+        for tokens in LENGTHS[1:]:
+            known, said = both(model, own, tokens)
+            assert known == said, (name, budget, tokens)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("window", WINDOWS)
 def test_what_no_score_decides_is_exact(ranks, bits, window):

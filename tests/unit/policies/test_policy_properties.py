@@ -69,7 +69,7 @@ def test_scores_that_carry_over_do_not_depend_on_the_chunks(policy):
 
 
 @pytest.mark.parametrize(
-    "name", ["h2o", "h2o window", "h2o per query", "kv-compress all", "fastgen", "expected"]
+    "name", ["h2o", "h2o window", "h2o per query", "kv-compress all", "fastgen", "expected", "zipvl all"]
 )
 def test_blocks_of_queries_change_nothing(name, monkeypatch):
     policy, context = CASES[name][0], evicted()
@@ -80,7 +80,9 @@ def test_blocks_of_queries_change_nothing(name, monkeypatch):
     torch.testing.assert_close(policy.score(context), whole, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["knorm", "curdkv", "curdkv keys", "h2o", "snapkv", "kv-compress", "tova"])
+@pytest.mark.parametrize(
+    "name", ["knorm", "curdkv", "curdkv keys", "h2o", "snapkv", "kv-compress", "tova", "zipvl all"]
+)
 def test_scores_do_not_depend_on_where_a_text_begins(name):
     policy = CASES[name][0]
     torch.testing.assert_close(policy.score(build(start=40)), policy.score(build()), rtol=1e-4, atol=1e-5)
