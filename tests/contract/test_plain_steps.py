@@ -7,6 +7,7 @@ import pytest
 import torch
 from cache_kinds import CASES, KINDS, agree, feed
 from counted_steps import (
+    EVICTING,
     LATENTS,
     LIMITS,
     MANY_OPERATIONS,
@@ -61,6 +62,18 @@ def test_a_plain_step_takes_few_operations(kind):
     with Counted() as own:
         feed(model, cache, pico.prompt(1, batch=2))
     more = LIMITS.get(kind, MORE_OPERATIONS)
+    assert own.operations <= operations_of_stock() + more * pico.LAYERS
+
+
+@pytest.mark.parametrize("kind", EVICTING)
+def test_a_step_that_evicts_has_bounded_costs(kind):
+    assert numba_cpu.available()
+    model, cache = filled(kind, "llama")
+    steps(model, cache, 2)
+    with Counted() as own, Reads() as reads:
+        feed(model, cache, pico.prompt(1, batch=2))
+    most_reads, more = EVICTING[kind]
+    assert 0 < len(reads.found) <= most_reads * pico.LAYERS
     assert own.operations <= operations_of_stock() + more * pico.LAYERS
 
 

@@ -92,7 +92,7 @@ def stored_rows(
     """
     own = Segments(query.shape[1], [StepSegment(keys, values, lengths)])
     _, out, _, lse = own.attend((None, query), scaling, softcap, mask)
-    assert lse is not None
+    assert out is not None and lse is not None
     return out, lse
 
 
@@ -181,27 +181,31 @@ class Segments:
         softcap: float | None = None,
         mask: Tensor | None = None,
         bias: Tensor | None = None,
-        with_lse: bool = True,
-    ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+        sums_only: bool = False,
+        share_beside: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Attention over all segments, under one softmax.
 
         Args:
             queries: (R, m, r) in either basis; None where no segment is met in it. Keys that are rebuilt are
-                met in the model's.
+                met in the model's. R may be two dimensions, in any order in memory; those of results are
+                the same, and the outer one of sums of latents has the shorter step.
             scaling: what scores are multiplied with.
             softcap: the soft cap of scaled scores, or None.
             mask: see `stored.stored_rows`.
             bias: (R, m), added to all scores in basis 0; None for none.
-            with_lse: whether the log-sum-exp is wanted. Making a tensor takes longer than its numbers do.
+            sums_only: whether only the outputs are wanted. Making a tensor takes longer than its numbers do.
+            share_beside: whether the share is one more channel of the output in basis 0.
 
         Returns:
             (outputs (R, m, v) in basis 0 and in basis 1, whose sum over a common basis is attention; the
-            share of the weights (R, m) in basis 0; the log-sum-exp of all scores (R, m)), in fp32. The first
-            and the third are None where no segment is in basis 0.
+            share of the weights (R, m) in basis 0; the log-sum-exp of all scores (R, m)), in fp32. None
+            where no segment is in that basis.
         """
-        rows, m = next(x.shape[:2] for x in queries if x is not None)
+        shape = next(x.shape[:-1] for x in queries if x is not None)
+        rows, m = math.prod(shape[:-1]), shape[-1]
         # where there is none, an empty array of the same kind, so that the kernel is compiled once
-        both = [np.empty((rows, m, 0), np.float32) if x is None else _as_numbers(x) for x in queries]
+        both = [np.empty((rows, m, 0), np.float32) if x is None else _as_numbers(x, 2) for x in queries]
         outputs = (
             *(np.empty((rows, m, width), np.float32) for width in self.widths),
             np.empty((rows, m), np.float32),
@@ -210,7 +214,7 @@ class Segments:
         seen = NO_MASK
         if mask is not None:
             seen = pad(mask, (0, -mask.shape[2] % BLOCK)).contiguous().view(torch.uint8).numpy()
-        shift = NO_BIAS if bias is None else _as_numbers(bias) * np.float32(scaling / LN2)
+        shift = NO_BIAS if bias is None else _as_numbers(bias, 1) * np.float32(scaling / LN2)
         attend = _kernel().attend_segments
         with _lock, _compiling(attend):
             attend(
@@ -234,14 +238,24 @@ class Segments:
                 _threads(),
             )
         sums, out, share, lse = outputs
-        in_latents = map(torch.from_numpy, (sums, share)) if self.widths[0] else (None, None)
-        first, third = in_latents
-        return first, torch.from_numpy(out), third, torch.from_numpy(lse) if with_lse else None
+        if share_beside:
+            sums = np.concatenate([sums, share[..., None]], 2)
+        sums = sums.reshape(*shape, -1)
+        if len(shape) > 2:  # maps of heads take the numbers of each head side by side
+            sums = np.ascontiguousarray(sums.swapaxes(0, 1)).swapaxes(0, 1)
+        return (
+            torch.from_numpy(sums) if self.widths[0] else None,
+            torch.from_numpy(out.reshape(*shape, -1)) if self.widths[1] else None,
+            torch.from_numpy(share.reshape(shape)) if self.widths[0] and not sums_only else None,
+            None if sums_only else torch.from_numpy(lse.reshape(shape)),
+        )
 
 
-def _as_numbers(x: Tensor) -> np.ndarray:
-    """The numbers of a tensor in fp32, adjacent; mostly a view of its memory."""
-    return x.float().contiguous().numpy(force=x.requires_grad)
+def _as_numbers(x: Tensor, dims: int) -> np.ndarray:
+    """The numbers of a tensor in fp32, adjacent, all but the last dimensions as one; mostly a view."""
+    numbers = x.float().numpy(force=x.requires_grad)
+    # numpy does without the tensor operations that this takes
+    return np.ascontiguousarray(numbers.reshape(-1, *numbers.shape[-dims:]))
 
 
 class _Rebuilding:

@@ -82,8 +82,9 @@ class PreparedSegments(Protocol):
         softcap: float | None = None,
         mask: Tensor | None = None,
         bias: Tensor | None = None,
-        with_lse: bool = True,
-    ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+        sums_only: bool = False,
+        share_beside: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Attention over all segments, under one softmax; see `numba_cpu.Segments.attend`."""
         ...
 

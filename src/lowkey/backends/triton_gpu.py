@@ -8,6 +8,7 @@ sm_90; not yet run on a GPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -160,37 +161,44 @@ class Segments:
         softcap: float | None = None,
         mask: Tensor | None = None,
         bias: Tensor | None = None,
-        with_lse: bool = True,
+        sums_only: bool = False,
+        share_beside: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Attention over all segments, under one softmax.
 
         Args:
-            queries: (R, m, r) in either basis; None where no segment is met in it.
+            queries: (R, m, r) in either basis; None where no segment is met in it. R may be two dimensions,
+                in any order in memory; those of results are the same.
             scaling: what scores are multiplied with.
             softcap: the soft cap of scaled scores, or None.
             mask: (R', t, s), True where a query may attend; see `stored.stored_rows`. For one segment only.
             bias: (R, m), added to all scores in basis 0; None for none.
-            with_lse: for other backends, which make the log-sum-exp only if it is wanted.
+            sums_only: for other backends, which make no more results than are wanted.
+            share_beside: whether the share is one more channel of the output in basis 0.
 
         Returns:
             (outputs (R, m, v) in basis 0 and in basis 1, whose sum over a common basis is attention; the
             share of the weights (R, m) in basis 0; the log-sum-exp of all scores (R, m)), in fp32.
         """
         given = next(x for x in queries if x is not None)
-        rows, m = given.shape[:2]
+        shape, m = given.shape[:-1], given.shape[-2]
+        rows = math.prod(shape[:-1])
         out_0, out_1, share, lse = (
             torch.empty(rows, m, *rest, device=given.device)
             for rest in ((self.widths[0],), (self.widths[1],), (), ())
         )
-        if rows * m == 0:
-            return out_0, out_1, share, lse
-        with torch.cuda.device_of(given):  # Triton launches on the current device, whatever it is given
-            self._launch(queries, (out_0, out_1, share, lse), scaling, softcap, mask, bias)
-        return out_0, out_1, share, lse
+        if rows * m:
+            asked = tuple(None if x is None else x.reshape(rows, m, x.shape[-1]) for x in queries)
+            shift = None if bias is None else bias.reshape(rows, m)
+            with torch.cuda.device_of(given):  # Triton launches on the current device, whatever it is given
+                self._launch(asked, (out_0, out_1, share, lse), scaling, softcap, mask, shift)
+        if share_beside:
+            out_0 = torch.cat([out_0, share.unsqueeze(2)], 2)
+        return out_0.view(*shape, -1), out_1.view(*shape, self.widths[1]), share.view(shape), lse.view(shape)
 
     def _launch(
         self,
-        queries: tuple[Tensor | None, Tensor | None],
+        queries: tuple[Tensor | None, ...],
         outputs: tuple[Tensor, Tensor, Tensor, Tensor],
         scaling: float,
         softcap: float | None,

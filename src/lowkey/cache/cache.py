@@ -54,6 +54,7 @@ SHARED_BY_COPIES = (
     "rope",
     "codec",
     "codecs",
+    "plan_maps",
     "gate",
     "exact",
     "sink_points",

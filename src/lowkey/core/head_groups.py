@@ -20,6 +20,9 @@ def group_latents(x: Float[Tensor, "*b h s d"], down: Float[Tensor, "*c m n r"])
     t = down.shape[-2] // x.shape[-1]
     if t > 1:
         x = x.unflatten(-3, (-1, t)).transpose(-3, -2).flatten(-2)
+    if x.ndim == 4 and x.shape[2] == 1 and x.shape[1] == len(down):
+        # one token: a product of four dimensions would copy the maps for every sequence
+        return torch.bmm(x.squeeze(2).transpose(0, 1), down).transpose(0, 1).unsqueeze(2)
     return x @ down
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -32,31 +33,33 @@ def apportion(
     Returns:
         Tokens of each head.
     """
-    total = int(min(max(total, int(low.sum())), int(high.sum())))
-    weights = weights.double().clamp_min(0)
+    # as numpy arrays: on a handful of numbers a tensor operation takes longer than all of this, and each look
+    # at a sum would wait for the device
+    least, most = (x.cpu().numpy() for x in (low, high))
+    total = min(max(total, int(least.sum())), int(most.sum()))
+    parts = weights.detach().double().cpu().numpy().clip(0)
     # heads without weight still share what nobody else can take
-    weights = weights / weights.sum().clamp_min(1e-300) + 1e-12
-    low64, high64 = low.double(), high.double()
+    parts = parts / max(parts.sum(), 1e-300) + 1e-12
 
-    def shares(mu: float) -> Tensor:
-        return (base + mu * weights).maximum(low64).minimum(high64)
+    def shares(mu: float) -> np.ndarray:
+        return np.minimum(np.maximum(base + mu * parts, least), most)
 
     # the total grows with mu: bisect between mu = 0 and the mu at which every head has its most
-    bottom, top = 0.0, float((high64 - base).clamp_min(0).max() / weights.min())
+    bottom, top = 0.0, float((most - base).clip(0).max() / parts.min())
     for _ in range(HALVINGS):
         middle = (bottom + top) / 2
-        bottom, top = (middle, top) if float(shares(middle).sum()) < total else (bottom, middle)
-    return _round(shares(top), total, low, high)
+        bottom, top = (middle, top) if shares(middle).sum() < total else (bottom, middle)
+    return torch.from_numpy(_round(shares(top), total, least, most)).to(low.device)
 
 
-def _round(shares: Tensor, total: int, low: Tensor, high: Tensor) -> Tensor:
+def _round(shares: np.ndarray, total: int, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Whole numbers that add up to `total`: the floors, and one more for the largest remainders."""
-    whole = (shares + 1e-9).floor().long()
+    whole = np.floor(shares + 1e-9).astype(np.int64)
     # step 1: the floors lack what was cut off; step -1: a base above the total pushed the floors too high
     for step in (1, -1):
         while (missing := (total - int(whole.sum())) * step) > 0:
             has_room = whole < high if step > 0 else whole > low
-            remainders = (step * (shares - whole)).masked_fill(~has_room, -torch.inf)
-            order = remainders.argsort(descending=True, stable=True)
+            remainders = np.where(has_room, step * (shares - whole), -np.inf)
+            order = np.argsort(-remainders, kind="stable")
             whole[order[: min(missing, int(has_room.sum()))]] += step
     return whole

@@ -427,11 +427,9 @@ def prompt_tokens(context: EvictionContext, window: int) -> Tensor:
 
 def _first_true(flags: Tensor) -> int:
     """Index of the first true flag; their number if none is."""
-    indices = flags.nonzero()
-    return int(indices[0]) if len(indices) else len(flags)
+    return int((~flags).long().cumprod(0).sum())
 
 
 def _behind_last_true(flags: Tensor) -> int:
     """One more than the index of the last true flag; 0 if none is."""
-    indices = flags.nonzero()
-    return int(indices[-1]) + 1 if len(indices) else 0
+    return len(flags) - _first_true(flags.flip(0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar, Protocol
 
 import torch
@@ -28,6 +29,11 @@ class Codec(Protocol):
         """(h): the KV heads in the order in which all methods expect them, or None for the model's order."""
         ...
 
+    @property
+    def inverse_order(self) -> Tensor | None:
+        """(h): where each KV head of the model is in `order`, or None."""
+        ...
+
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated keys and values (b, h, t, d) at positions (b, t) -> stored forms (b, G, t, r)."""
         ...
@@ -41,15 +47,27 @@ class Codec(Protocol):
         """Whether queries can be brought to the stored keys, so that no key has to be rebuilt."""
         ...
 
-    def project_query(self, query: Tensor, at: Tensor) -> tuple[Tensor, Tensor | None]:
+    def step_maps(self) -> tuple[Tensor, Tensor]:
+        """The maps of queries into the basis of stored keys and of sums of values into that of the model.
+
+        Returns:
+            (h|1, d, r_K) and (h|1, r_V, d). A mean of keys is one more column, a mean of values one more row.
+        """
+        ...
+
+    def project_query(
+        self, query: Tensor, at: Tensor, into: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Bring queries into the basis of stored keys.
 
         Args:
-            query: (b, h, g, t, d).
-            at: (b, t), the positions of the queries.
+            query: (b, h, g, t, d), or (b, h, g, d) in a step.
+            at: (b|1, t), the positions of the queries.
+            into: the first of `step_maps`, if it is at hand.
 
         Returns:
-            Queries (b, h, g, t, r), and what is to be added to all their scores (b, h, g, t), or None.
+            Queries (b, h, g, t, r), and what is to be added to all their scores (b, h, g, t), or None; in a
+            step without t.
         """
         ...
 
@@ -95,12 +113,13 @@ class Codec(Protocol):
         """
         ...
 
-    def expand_output(self, out: Tensor, share: Tensor | None = None) -> Tensor:
+    def expand_output(self, out: Tensor, maps: Tensor | None = None) -> Tensor:
         """Weighted sums of stored values (b, h, g, t, r) -> outputs (b, h, g, t, d).
 
         Args:
-            out: the sums.
-            share: the sums of the weights, b h g t numbers in fp32; None if they are 1.
+            out: the sums; in a step (b, h, g, r), and then outputs have no t, either.
+            maps: the second of `step_maps`, if it is at hand. If it has a row for a mean of values, `out` has
+                the sum of the weights as one more channel; else this is 1.
         """
         ...
 
@@ -137,6 +156,7 @@ class Plain:
     """Stores keys and values as the model made them; see `Codec` for the methods."""
 
     order: ClassVar[None] = None
+    inverse_order: ClassVar[None] = None
     heads_per_row: ClassVar[int] = 1
     rotates_when_read: ClassVar[None] = None
 
@@ -152,7 +172,13 @@ class Plain:
         """True: stored keys are the model's own."""
         return True
 
-    def project_query(self, query: Tensor, at: Tensor) -> tuple[Tensor, Tensor | None]:
+    def step_maps(self) -> tuple[Tensor, Tensor]:
+        """Not defined: queries and outputs are in the model's basis."""
+        raise NotImplementedError
+
+    def project_query(
+        self, query: Tensor, at: Tensor, into: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The queries, unchanged."""
         return query, None
 
@@ -166,7 +192,7 @@ class Plain:
         """The stored keys, unchanged."""
         return stored
 
-    def expand_output(self, out: Tensor, share: Tensor | None = None) -> Tensor:
+    def expand_output(self, out: Tensor, maps: Tensor | None = None) -> Tensor:
         """The outputs, unchanged."""
         return out
 
@@ -211,6 +237,11 @@ class LowRank:
     def order(self) -> Tensor | None:
         """(h): the KV heads in the order in which they are grouped, or None for the model's order."""
         return self.factors.order
+
+    @cached_property
+    def inverse_order(self) -> Tensor | None:
+        """(h): where each KV head of the model is in `order`, or None."""
+        return None if self.order is None else self.order.argsort()
 
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Project keys and values into their latents; see `Codec.encode`."""
@@ -309,14 +340,29 @@ class LowRank:
             return True
         return self.layout == "post_rope" and (softcap is None or self.factors.k_mean is None)
 
-    def project_query(self, query: Tensor, at: Tensor) -> tuple[Tensor, Tensor | None]:
+    def step_maps(self) -> tuple[Tensor, Tensor]:
+        """Maps of queries and of outputs; see `Codec.step_maps`."""
+        f = self.factors
+        into, out_of = f.k_up.mT, f.v_up
+        if f.k_mean is not None:
+            into = torch.cat([into.expand(len(f.k_mean), -1, -1), f.k_mean.unsqueeze(2)], 2)
+        if f.v_mean is not None:
+            out_of = torch.cat([out_of.expand(len(f.v_mean), -1, -1), f.v_mean.unsqueeze(1)], 1)
+        return into, out_of
+
+    def project_query(
+        self, query: Tensor, at: Tensor, into: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Queries in the basis of the stored keys; see `Codec.project_query`."""
         f = self.factors
         if f.frequencies is not None:
-            into = f.k_up.mT.unsqueeze(1)
-            return self._rotated_by_own_frequencies(query, into, at, f.frequencies), None
-        shift = None if f.k_mean is None else _mapped(query, f.k_mean.unsqueeze(2)).squeeze(-1).float()
-        return _mapped(query, f.k_up.mT), shift
+            with_t, up = query.unsqueeze(3) if query.ndim == 4 else query, f.k_up.mT.unsqueeze(1)
+            turned = self._rotated_by_own_frequencies(with_t, up, at, f.frequencies)
+            return turned.view(*query.shape[:-1], -1), None
+        latent = _mapped(query, self.step_maps()[0] if into is None else into)
+        if f.k_mean is None:
+            return latent, None
+        return latent[..., :-1], latent[..., -1].float()
 
     def rotated_keys_of_rows(
         self, stored: Tensor, positions: Tensor, starts: Tensor, row_heads: int
@@ -361,16 +407,13 @@ class LowRank:
         up, mean = self.factors.k_up, self.factors.k_mean
         return up.expand(heads, -1, -1), None if mean is None else mean.expand(heads, -1)
 
-    def expand_output(self, out: Tensor, share: Tensor | None = None) -> Tensor:
+    def expand_output(self, out: Tensor, maps: Tensor | None = None) -> Tensor:
         """Outputs (b, h, g, t, d); see `Codec.expand_output`."""
+        if maps is not None:
+            return _mapped(out.to(maps.dtype), maps)
         up, mean = self.factors.v_up, self.factors.v_mean
         out = _mapped(out.to(up.dtype), up)
-        if mean is None:
-            return out
-        mean = mean[:, None, None]
-        if share is not None:
-            mean = share.view(*out.shape[:4], 1).to(mean.dtype) * mean
-        return out + mean
+        return out if mean is None else out + mean[:, None, None]
 
     def expand_values(self, stored: Tensor) -> Tensor:
         """Values (b, h, s, d); see `Codec.expand_values`."""
@@ -382,13 +425,13 @@ class LowRank:
 
 
 def _mapped(x: Tensor, maps: Tensor) -> Tensor:
-    """Numbers (b, h, g, t, n) times the map (h, n, m) of their head, or times one map (1, n, m) for all."""
+    """Numbers (b, h, ..., n) times the map (h, n, m) of their head, or times one map (1, n, m) for all."""
     if len(maps) == 1:
         return x @ maps[0]
-    b, h, g, t, n = x.shape
-    # a product of more dimensions would copy the maps for every g
-    out = torch.bmm(x.transpose(0, 1).reshape(h, b * g * t, n), maps)
-    return out.view(h, b, g, t, -1).transpose(0, 1)
+    b, h, *rest, n = x.shape
+    # a product of more dimensions would copy the maps for every query
+    out = torch.bmm(x.transpose(0, 1).reshape(h, -1, n), maps)
+    return out.view(h, b, *rest, -1).transpose(0, 1)
 
 
 def _with_ones(x: Tensor) -> Tensor:

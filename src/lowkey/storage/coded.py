@@ -163,7 +163,8 @@ class CodedLayer(StoredTokens):
             dense = self._dense_rows()
             for start in room.sequences.runs()[0]:
                 segments.append(self._run_segment(*dense, start, room, rotation))
-        return [*segments, exact_segment(self.recent_k, self.recent_v)]
+        window = [] if self.encodes_at_once else [exact_segment(self.recent_k, self.recent_v)]
+        return [*segments, *window]
 
     def _run_segment(
         self, keys: StoredRows, values: StoredRows, start: np.ndarray, room: Room, rotation: Rotation | None

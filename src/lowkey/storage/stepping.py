@@ -59,13 +59,15 @@ class PreparedStep:
 
     Args:
         kernel: ready for them; None if none reads what is held.
-        meets_latents: whether queries are brought into the basis of latents.
-        columns: (b h, g, n), which columns of a query in the model's basis the kernel is given; None for all
+        bases: whether keys are met in the basis of latents, and whether in that of the model.
+        plan_maps: those of queries into latents and of latents into outputs; None where nothing is a latent.
+        columns: (b, h, g, n), which columns of a query in the model's basis the kernel is given; None for all
             of them, once.
     """
 
     kernel: PreparedSegments | None
-    meets_latents: bool = False
+    bases: tuple[bool, bool] = (False, True)
+    plan_maps: tuple[Tensor, Tensor] | None = None
     columns: Tensor | None = None
 
 
@@ -118,8 +120,8 @@ class SteppingLayer(PositionedLayer):
         """Make room for so many more dense tokens behind those that are stored."""
 
     @abstractmethod
-    def _store_at(self, slot: int, keys: Tensor, values: Tensor) -> None:
-        """Store a token (b, h, 1, d) of each sequence in a slot that was reserved."""
+    def _store_at(self, slot: int, keys: Tensor, values: Tensor, at: Tensor) -> None:
+        """Store a token (b, h, 1, d) of each sequence, at these positions (b|1, 1), in a reserved slot."""
 
     @abstractmethod
     def _keep_stored(self, count: int, held: int) -> None:
@@ -135,9 +137,9 @@ class SteppingLayer(PositionedLayer):
     ) -> list[StepSegment] | None:
         """The tokens that the steps of this room attend to.
 
-        The window comes last, with rows for all KV heads, before it the runs of dense stored tokens, if there
-        are any, and before these the sinks, if there are any. None if queries cannot meet all tokens where
-        they lie.
+        The window comes last, with rows for all KV heads, unless `encodes_at_once`; before it the runs of
+        dense stored tokens, if there are any, and before these the sinks, if there are any. None if queries
+        cannot meet all tokens where they lie.
 
         Args:
             room: of the steps.
@@ -200,7 +202,7 @@ class SteppingLayer(PositionedLayer):
         if (room := self.room) is None:
             return None
         if self.encodes_at_once:
-            self._store_at(room.stored + self.steps, keys, values)
+            self._store_at(room.stored + self.steps, keys, values, self._positions_of_step(call))
         else:
             slot = room.window + self.steps
             self.recent_k[:, :, slot : slot + 1] = keys
@@ -215,23 +217,30 @@ class SteppingLayer(PositionedLayer):
         if kernel is None:
             return None
         kernel.move(self.steps - 1)
-        b, h, g, _, d = call.query.shape
-        query, latent, shift = call.query.reshape(b * h, g, d), None, None
+        query, latent, shift = call.query.squeeze(3), None, None
+        into, out_of = prepared.plan_maps or (None, None)
+        if prepared.bases[0]:
+            latent, shift = self.codec.project_query(query, self._positions_of_step(call), into)
         if prepared.columns is not None:
-            query = query.gather(2, prepared.columns)
-        if prepared.meets_latents:
-            at = call.positions
-            at = self.positions_of(self.seen - 1, self.seen) if at is None else at.expand(b, 1)
-            latent, shift = self.codec.project_query(call.query, at)
-            shift = None if shift is None else shift.reshape(b * h, g)
-            latent = latent.reshape(b * h, g, -1)
-        sums, out, share, _ = kernel.attend(
-            (latent, query), call.scaling, call.softcap, bias=shift, with_lse=False
+            query = query.gather(3, prepared.columns)
+        sums, out, _, _ = kernel.attend(
+            (latent, query if prepared.bases[1] else None),
+            call.scaling,
+            call.softcap,
+            bias=shift,
+            sums_only=True,
+            share_beside=out_of is not None and out_of.shape[1] > kernel.widths[0],
         )
-        result = out.view(b, h, g, 1, d)
-        if not kernel.widths[0] or sums is None:
-            return result
-        return self.codec.expand_output(sums.view(b, h, g, 1, -1), share) + result
+        if sums is not None and kernel.widths[0]:
+            expanded = self.codec.expand_output(sums, out_of)
+            # in this order, the sum lies in memory as outputs do, and need not be copied
+            out = expanded if out is None or not kernel.widths[1] else out + expanded
+        assert out is not None  # there is a segment in one basis
+        return out.unsqueeze(3)
+
+    def _positions_of_step(self, call: Call) -> Tensor:
+        """The positions (b|1, 1) of a step's tokens."""
+        return self.positions_of(self.seen - 1, self.seen) if call.positions is None else call.positions
 
     def _prepared_step(self, call: Call, room: Room) -> PreparedStep:
         """Prepare for the steps of a room."""
@@ -246,10 +255,13 @@ class SteppingLayer(PositionedLayer):
         if segments is None:
             return PreparedStep(None)
         counts = self._counts_of_steps(room, len(segments), call.query.shape[1])
-        kernel, columns = prepared_segments(call.query.shape[2], segments, counts), self._query_columns()
+        b, h, g, _, _ = call.query.shape
+        kernel, columns = prepared_segments(g, segments, counts), self._query_columns()
         if columns is not None:
-            columns = columns.unsqueeze(1).expand(-1, call.query.shape[2], -1)
-        return PreparedStep(kernel, any(s.as_latents and s.rebuilding is None for s in segments), columns)
+            columns = columns.view(b, h, 1, -1).expand(-1, -1, g, -1)
+        maps = self.codec.step_maps() if any(s.as_latents for s in segments) else None
+        in_latents = [s.as_latents and s.rebuilding is None for s in segments]
+        return PreparedStep(kernel, (any(in_latents), not all(in_latents)), maps, columns)
 
     def _query_columns(self) -> Tensor | None:
         """(b h, n), the columns of queries that `_segments_of_step` counts on; None for the query itself."""
@@ -263,14 +275,15 @@ class SteppingLayer(PositionedLayer):
         sequences = room.sequences
         counts = np.zeros((room.steps, segments, 2, len(sequences.first)), np.int64)
         starts, stops = sequences.runs() if room.stored + room.ahead else (np.empty((0, 1)),) * 2
-        runs = len(starts)
+        runs, last = len(starts), segments - (not self.encodes_at_once)
         for step, count in enumerate(counts, 1):
             view = self._view(room, step)
-            count[-1] = view.window, view.stop - view.window
+            if not self.encodes_at_once:
+                count[-1] = view.window, view.stop - view.window
             lengths = np.where(view.dense > starts, np.minimum(view.dense, stops) - aligned(starts), 0)
-            count[segments - 1 - runs : -1, 1] = lengths
+            count[last - runs : last, 1] = lengths
             if sequences.sinks.shape[1]:
-                count[-2 - runs, 1] = view.sinks
+                count[last - runs - 1, 1] = view.sinks
         return counts.repeat(heads, axis=3)
 
     def _rotation(self, rope: Rope, like: Tensor, stop: int) -> Rotation:

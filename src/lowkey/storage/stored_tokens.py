@@ -129,7 +129,7 @@ class StoredTokens(SteppingLayer):
 
     def _in_model_order(self, x: Tensor) -> Tensor:
         """The inverse of `_in_codec_order`."""
-        return x if self.codec.order is None else x[:, self.codec.order.argsort()]
+        return x if self.codec.order is None else x[:, self.codec.inverse_order]
 
     # -- which tokens are stored
 
@@ -328,8 +328,8 @@ class StoredTokens(SteppingLayer):
                 longer.append(torch.cat([part, part.new_zeros(shape)], packing.axis))
             self._set_packed(name, tuple(longer))
 
-    def _store_at(self, slot: int, keys: Tensor, values: Tensor) -> None:
-        encoded = self.codec.encode(keys, values, self.positions_of(self.seen - 1, self.seen))
+    def _store_at(self, slot: int, keys: Tensor, values: Tensor, at: Tensor) -> None:
+        encoded = self.codec.encode(keys, values, at)
         for (name, packing), x in zip(self.packing.items(), encoded, strict=True):
             for held, part in zip(self.packed_tensors(name), packing.pack(x), strict=True):
                 held.narrow(packing.axis, slot, 1).copy_(part)
