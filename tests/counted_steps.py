@@ -61,7 +61,7 @@ NOT_PLAIN = {  # kinds whose third step looks at values, and why
     "mixed-every": "evicts in the third step",
 }
 # of steps that evict: looks at values and operations beyond stock, per layer
-EVICTING = {"every-global": (12, 441), "every-hadamard4": (14, 690)}
+EVICTING = {"every-global": (12, 441), "every-hadamard4": (14, 690), "mixed-every": (17, 955)}
 # those, and one whose third step makes room
 MANY_OPERATIONS = (*NOT_PLAIN, "every")
 
