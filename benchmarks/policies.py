@@ -39,10 +39,11 @@ from lowkey.evaluate.asking import tensor_of
 from lowkey.evaluate.intervals import half_width
 from lowkey.evaluate.machine import machine
 from lowkey.evaluate.recall import FORMS, Fact, frame_of, usual_form
-from lowkey.evaluate.settings import Setting, evicted, full, packed
+from lowkey.evaluate.settings import Setting, evicted, full, packed, planned
 from lowkey.heads.needles import KEYS, draw_facts, sentence_ends, weave
 from lowkey.heads.scores import HeadScores
 from lowkey.models.loading import load
+from lowkey.plan.plan import Plan
 from lowkey.policies import POLICIES
 from lowkey.policies.gates import Gates
 from lowkey.storage.exact import DEFAULT_WINDOW
@@ -76,6 +77,7 @@ def main(
     data: Annotated[list[Path] | None, typer.Option(help="held-out texts; repeat")] = None,
     heads: Annotated[Path | None, typer.Option(help="folder with heads-KIND.json")] = None,
     gates: Annotated[list[Path] | None, typer.Option(help="folders of `lowkey gates`; repeat")] = None,
+    plans: Annotated[list[Path] | None, typer.Option(help="plans that evict nothing; repeat")] = None,
     budgets: str = "25%,10%",
     draws: int = 5,
     contexts: Annotated[int, typer.Option(help="of a draw")] = 4,
@@ -101,7 +103,8 @@ def main(
     }
     log = out.with_suffix(".jsonl")
     done = read_log(log)
-    units = [(at, row) for at in drawn for row in rows(only, budgets.split(","))]
+    kept = {f"plan {path.name}": planned(loaded, Plan.load(path), str(path)) for path in plans or ()}
+    units = [(at, row) for at in drawn for row in rows(only, budgets.split(","), list(kept))]
     stock: dict[tuple[int, int], list[Tensor]] = {}
     refused: set[str] = set()
     for (draw, n), (name, policy, options, budget) in bars(units, lambda u: f"{u[1][0]} {u[1][3] or ''}"):
@@ -112,7 +115,7 @@ def main(
             # the full cache's logits are needed for every row of a context, and only while it is measured
             stock = {(draw, n): answers(loaded, tokenizer, full(loaded), context, "after", 0)[0]}
         try:
-            setting = make_setting(
+            setting = kept.get(name) or make_setting(
                 loaded, name, policy, options, budget, draw, context, protocol, scores, learnt
             )
         except LowkeyError as error:
@@ -130,10 +133,12 @@ def main(
         print(row)
 
 
-def rows(only: str, budgets: list[str]) -> Iterator[tuple[str, str, dict[str, Any], str | None]]:
-    """Name, policy, options and budget of every row; integers and the full cache have no budget."""
+def rows(
+    only: str, budgets: list[str], plans: list[str]
+) -> Iterator[tuple[str, str, dict[str, Any], str | None]]:
+    """Name, policy, options and budget of every row; what evicts nothing has no budget."""
     wanted = set(only.split(";")) if only else None
-    plain = [("full", "", {}, None), *((name, "", {}, None) for name in INTEGERS)]
+    plain = [("full", "", {}, None), *((name, "", {}, None) for name in [*INTEGERS, *plans])]
     named = [(name, name, {}) for name in POLICIES]
     named += [(name, policy, options) for name, (policy, options) in VARIANTS.items()]
     for row in [*plain, *((*policy, budget) for budget in budgets for policy in named)]:
