@@ -22,14 +22,22 @@ def row_of(starts: Int[Tensor, " R1"]) -> Int[Tensor, " n"]:
     return torch.arange(len(lengths), device=starts.device).repeat_interleave(lengths)
 
 
-def pad_rows(flat: Tensor, starts: Int[Tensor, " R1"]) -> tuple[Tensor, Bool[Tensor, "R s"]]:
+def pad_rows(
+    flat: Tensor, starts: Int[Tensor, " R1"], longest: int | None = None
+) -> tuple[Tensor, Bool[Tensor, "R s"]]:
     """Write the rows as a dense tensor.
+
+    Args:
+        flat: the rows, one behind another.
+        starts: where each row begins.
+        longest: the tokens of the longest row, if that is known.
 
     Returns:
         (the rows (R, longest, ...) with zeros behind shorter ones, which entries are real (R, longest)).
     """
     lengths = starts.diff()
-    longest = int(lengths.max()) if len(lengths) else 0
+    if longest is None:
+        longest = int(lengths.max()) if len(lengths) else 0
     real = torch.arange(longest, device=starts.device) < lengths.unsqueeze(1)
     dense = flat.new_zeros(*real.shape, *flat.shape[1:])
     dense[real] = flat

@@ -122,13 +122,14 @@ class EvictionContext:
         keys = for_products(self.keys).mT
         step = block_of_queries(b * h * g * keys.shape[3], keys.device)
         newest = self.newest_query_positions(last)
-        for start in range(_first_true((newest >= 0).any(0)), w, step):
+        for start in range(int(_true_at_first((newest < 0).all(0))), w, step):
             block = slice(start, start + step)
             at, queries = newest[:, block], for_products(self.queries[:, :, :, block]) * self.scaling
             # Causal attention: no query of the block sees candidates from `stop` on, every query sees the
             # first `clear` ones, and only those between need a mask.
-            stop = _behind_last_true(lowest <= at.max())
-            clear = int((highest <= at.min()).long().cumprod(0).sum())
+            ends = _true_at_first((lowest > at.max()).flip(0)), _true_at_first(highest <= at.min())
+            unseen, clear = torch.stack(ends).tolist()
+            stop = len(lowest) - unseen
             if self.visible is not None:
                 stop, clear = keys.shape[3], min(clear, keys.shape[3] - self.visible.shape[2])
             products = (queries.flatten(2, 3) @ keys[..., :stop]).float().unflatten(2, queries.shape[2:4])
@@ -425,11 +426,6 @@ def prompt_tokens(context: EvictionContext, window: int) -> Tensor:
     return context.valid & (context.positions < prompt_ends[:, None, None])
 
 
-def _first_true(flags: Tensor) -> int:
-    """Index of the first true flag; their number if none is."""
-    return int((~flags).long().cumprod(0).sum())
-
-
-def _behind_last_true(flags: Tensor) -> int:
-    """One more than the index of the last true flag; 0 if none is."""
-    return len(flags) - _first_true(flags.flip(0))
+def _true_at_first(flags: Tensor) -> Tensor:
+    """How many flags are true before the first that is not."""
+    return flags.long().cumprod(0).sum()

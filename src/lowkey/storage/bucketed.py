@@ -339,7 +339,7 @@ class BucketedLayer(RaggedLayer, SteppingLayer):
         self.waiting_levels = torch.zeros(b, count, dtype=torch.uint8, device=self.device)
 
     def _store_at(self, slot: int, keys: Tensor, values: Tensor, at: Tensor) -> None:
-        keys, values = self.codec.encode(keys, values, at)
+        keys, values = self.codec.encode(keys, values, at, self._turn_of_step(keys))
         levels = self.gate(keys, values).argmax(-1)
         keys, values = self._truncated(keys, values, levels)
         for held, x in zip(self._waiting().values(), (keys, values, levels), strict=True):
@@ -397,7 +397,7 @@ class BucketedLayer(RaggedLayer, SteppingLayer):
 
     def map_tensors(self, f: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor that is held by `f` of it."""
-        self.prepared = None  # it has the addresses of those that go
+        self._forget_prepared()
         for name, tensor in self._waiting().items():
             setattr(self, name, f(tensor))
         self.buckets = [

@@ -103,7 +103,7 @@ class CacheWideEviction:
         mass = torch.stack([pad(m, (0, longest - m.shape[-1])) for m in masses]) if masses else None
         # a budget is a sequence's own, so each sequence of the batch is allocated by itself
         sinks, recent = protected_tokens(layer.policy, layer.exact)
-        sequences = zip(layer.tokens_seen().tolist(), layer.protected_prompt().tolist(), strict=True)
+        sequences = torch.stack([layer.tokens_seen(), layer.protected_prompt()], 1).tolist()
         requests = [
             AllocationRequest(
                 scores[:, i],

@@ -40,7 +40,7 @@ class CandidateLayer(RowLayer):
         dense, valid = (x.unsqueeze(1).expand(-1, self.row_heads, -1) for x in (dense, valid))
         scores = torch.zeros(b, self.row_heads, 0, device=self.device)
         if self.keeps_scores:
-            in_row = pad_rows(old.scores, old.starts)[0].unflatten(0, (b, self.row_heads))
+            in_row = pad_rows(old.scores, old.starts, in_rows.shape[2])[0].unflatten(0, (b, self.row_heads))
             new = dense.shape[2] - self.dense_scores.shape[2]
             scores = torch.cat(
                 [
@@ -92,7 +92,9 @@ class CandidateLayer(RowLayer):
         """
         stored = []
         for latents in self._unpacked(rows, packings):
-            dense = pad_rows(latents, rows.starts)[0].unflatten(0, (len(self.offset), self.row_heads))
+            dense = pad_rows(latents, rows.starts, positions.shape[2])[0].unflatten(
+                0, (len(self.offset), self.row_heads)
+            )
             stored.append(dense.transpose(2, 3).flatten(1, 2))
         positions = positions.repeat_interleave(self.codec.heads_per_row, 1)
         return self.codec.rebuilt_keys(stored[0], positions), self.codec.expand_values(stored[1])

@@ -15,7 +15,7 @@ from lowkey.core.head_groups import group_latents, rebuilt_heads
 from lowkey.core.types import Factors, Layout
 from lowkey.models.families import Rope
 from lowkey.ops.ragged import row_of
-from lowkey.ops.rope import rotate, unrotate
+from lowkey.ops.rope import inverse_turn, rotate, turned, unrotate
 
 
 class Codec(Protocol):
@@ -34,8 +34,24 @@ class Codec(Protocol):
         """(h): where each KV head of the model is in `order`, or None."""
         ...
 
-    def encode(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values (b, h, t, d) at positions (b, t) -> stored forms (b, G, t, r)."""
+    def encode(
+        self, keys: Tensor, values: Tensor, positions: Tensor, turn: tuple[Tensor, ...] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Bring keys and values into the form that is stored.
+
+        Args:
+            keys: (b, h, t, d), rotated.
+            values: (b, h, t, d).
+            positions: (b|1, t).
+            turn: what `turn` returns for them, if it is at hand.
+
+        Returns:
+            Stored keys and values (b, G, t, r).
+        """
+        ...
+
+    def turn(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What `encode` turns keys back by at positions (b, t): a pair (b, 1, t, d) in fp32; or None."""
         ...
 
     @property
@@ -164,9 +180,15 @@ class Plain:
         """Not defined: stored keys are read as they are."""
         raise NotImplementedError
 
-    def encode(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, keys: Tensor, values: Tensor, positions: Tensor, turn: tuple[Tensor, ...] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Keys and values, unchanged."""
         return keys, values
+
+    def turn(self, positions: Tensor, like: Tensor) -> None:
+        """None: keys are stored as they come."""
+        return None
 
     def meets_stored_keys(self, softcap: float | None) -> bool:
         """True: stored keys are the model's own."""
@@ -243,16 +265,27 @@ class LowRank:
         """(h): where each KV head of the model is in `order`, or None."""
         return None if self.order is None else self.order.argsort()
 
-    def encode(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, keys: Tensor, values: Tensor, positions: Tensor, turn: tuple[Tensor, ...] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Project keys and values into their latents; see `Codec.encode`."""
         f = self.factors
         latent_values = group_latents(_minus_mean(values, f.v_mean), f.v_down)
         if f.frequencies is not None:
             return self._rotated_by_own_frequencies(keys, f.k_down, positions, f.frequencies), latent_values
-        if self.layout == "pre_rope":
+        if turn is not None:
+            keys = turned(keys.float(), *turn).to(keys.dtype)
+        elif self.layout == "pre_rope":
             cos, sin = self.rope(positions, keys)
             keys = unrotate(keys.float(), cos, sin).to(keys.dtype)
         return group_latents(_minus_mean(keys, f.k_mean), f.k_down), latent_values
+
+    def turn(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """See `Codec.turn`; None also where the embedding leaves some channels alone."""
+        if self.rotates_when_read is None:
+            return None
+        cos, sin = self.rope(positions, like)
+        return inverse_turn(cos, sin) if cos.shape[-1] == like.shape[-1] else None
 
     def segment(
         self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, at: Tensor, expand: bool = False

@@ -366,8 +366,8 @@ class EvictingLayer(CandidateLayer):
             return True
         if self.policy.budget is None:
             return False
-        costs, lengths, prompts = self.costs(), tokens.tolist(), self.protected_prompt().tolist()
-        costs.check(self.policy, lengths)
+        costs, sequences = self.costs(), torch.stack([tokens, self.protected_prompt()], 1).tolist()
+        costs.check(self.policy, [n for n, _ in sequences])
         budget = Budget.parse(self.policy.budget)
         if self.block > 1 and budget.unit != "%":
             # dense tokens and rows have other blocks, and another sequence of the batch may need rows
@@ -376,7 +376,7 @@ class EvictingLayer(CandidateLayer):
         in_bytes = budget.unit in ("bytes", "bytes/token")
         fits = all(
             costs.fits(self.policy, n) if in_bytes else self.tokens_per_head(n, prompt) >= n
-            for n, prompt in zip(lengths, prompts, strict=True)
+            for n, prompt in sequences
         )
         return fits and (self.policy.needs_second_pass or not self.keeps_scores)
 

@@ -82,6 +82,8 @@ class SteppingLayer(PositionedLayer):
         room_size: steps of the last room. It doubles up to ROOM, so that free slots are never more than the
             steps that were taken. 1 behind a step that made no room, 0 behind any other call.
         prepared: what the steps of the room have in common; None until it is needed.
+        turns: what turns the keys of the steps back, with a step for each token; None until it is needed, and
+            empty where nothing does.
     """
 
     codec: Codec
@@ -92,6 +94,7 @@ class SteppingLayer(PositionedLayer):
     room: Room | None = None
     steps = room_size = 0
     prepared: PreparedStep | None = None
+    turns: tuple[Tensor, ...] | None = None
 
     # -- what a subclass says of itself
 
@@ -161,11 +164,16 @@ class SteppingLayer(PositionedLayer):
         return storage_bytes([*own, *prepared]) - storage_bytes(own)
 
     def _prepared_tensors(self) -> list[Tensor]:
-        """The tensors that a kernel holds besides those that hold tokens."""
-        if self.prepared is None or self.prepared.kernel is None:
-            return []
-        columns = self.prepared.columns
-        return [*self.prepared.kernel.tensors(), *([] if columns is None else [columns])]
+        """The tensors that are held for steps besides those that hold tokens."""
+        held = list(self.turns or ())
+        if self.prepared is not None and self.prepared.kernel is not None:
+            held += self.prepared.kernel.tensors()
+            held += [] if self.prepared.columns is None else [self.prepared.columns]
+        return held
+
+    def _forget_prepared(self) -> None:
+        """Let go of what has the addresses of tensors that go, or belongs to other steps."""
+        self.prepared = self.turns = None
 
     # -- steps
 
@@ -241,6 +249,13 @@ class SteppingLayer(PositionedLayer):
     def _positions_of_step(self, call: Call) -> Tensor:
         """The positions (b|1, 1) of a step's tokens."""
         return self.positions_of(self.seen - 1, self.seen) if call.positions is None else call.positions
+
+    def _turn_of_step(self, keys: Tensor) -> tuple[Tensor, ...] | None:
+        """What turns the keys (b, h, 1, d) of this step back, if it is known for all steps of the room."""
+        if self.turns is None and self.room is not None:
+            start = self.room.start
+            self.turns = self.codec.turn(self.positions_of(start, start + self.room.steps), keys) or ()
+        return tuple(x.narrow(2, self.steps, 1) for x in self.turns or ()) or None
 
     def _prepared_step(self, call: Call, room: Room) -> PreparedStep:
         """Prepare for the steps of a room."""
@@ -359,7 +374,7 @@ class SteppingLayer(PositionedLayer):
             setattr(self, name, new)
         self.room_size = grown
         self.room, self.steps = Room(before, steps, window, stored, more, sequences), 0
-        self.prepared = None
+        self._forget_prepared()
 
     def make_compact(self) -> None:
         """Give up the room: no tensor is longer than what it holds."""
@@ -374,7 +389,8 @@ class SteppingLayer(PositionedLayer):
         # not a view, which would keep the free slots alive
         window = [x[:, :, stored - room.stored : stop].clone() for x in (self.recent_k, self.recent_v)]
         new_k, new_v = (x[:, :, room.window : stop] for x in (self.recent_k, self.recent_v))
-        self.room, self.prepared, taken = None, None, self.steps
+        self.room, taken = None, self.steps
+        self._forget_prepared()
         self.steps = self.room_size = 0
         self.seen = room.start + taken
         try:
@@ -397,13 +413,14 @@ class SteppingLayer(PositionedLayer):
 
     def map_tensors(self, f: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor that is held by `f` of it."""
-        self.prepared = None  # it has the addresses of those that go
+        self._forget_prepared()
         super().map_tensors(f)
 
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()
-        self.room = self.prepared = None
+        self.room = None
+        self._forget_prepared()
         self.steps = self.room_size = 0
 
     # -- undoing
@@ -411,7 +428,8 @@ class SteppingLayer(PositionedLayer):
     def snapshot(self) -> Snapshot:
         """The state of the layer; see `RestorableLayer.snapshot`."""
         before = super().snapshot()
-        vars(before.layer)["prepared"] = None  # it would keep tensors alive that the snapshot leaves out
+        # they would keep tensors alive that the snapshot leaves out
+        vars(before.layer).update(prepared=None, turns=None)
         return before
 
     def _remember_whole(self) -> None:

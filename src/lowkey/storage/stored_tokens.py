@@ -329,7 +329,7 @@ class StoredTokens(SteppingLayer):
             self._set_packed(name, tuple(longer))
 
     def _store_at(self, slot: int, keys: Tensor, values: Tensor, at: Tensor) -> None:
-        encoded = self.codec.encode(keys, values, at)
+        encoded = self.codec.encode(keys, values, at, self._turn_of_step(keys))
         for (name, packing), x in zip(self.packing.items(), encoded, strict=True):
             for held, part in zip(self.packed_tensors(name), packing.pack(x), strict=True):
                 held.narrow(packing.axis, slot, 1).copy_(part)
