@@ -76,6 +76,8 @@ REFUSED = {
     "deepseek_v3": "its latent attention (MLA) already stores one joint latent",
     "qwen3_next": "its linear-attention layers keep a recurrent state, not keys and values",
     "gpt_oss": "its attention sinks (s_aux) are not honoured yet",
+    "qwen2_vl_text": "an image's tokens have positions on three axes (M-RoPE), which are not followed yet",
+    "qwen2_5_vl_text": "an image's tokens have positions on three axes (M-RoPE), which are not followed yet",
 }
 
 # Those of REFUSED whose parameters and cache can be counted all the same (`lowkey cost`).

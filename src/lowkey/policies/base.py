@@ -293,6 +293,11 @@ class Policy(ABC):
         return None
 
     @property
+    def is_sparse(self) -> bool:
+        """Whether the tokens of a prompt that are not kept attend to nothing in a layer."""
+        return False
+
+    @property
     def needs_second_pass(self) -> bool:
         """Whether tokens can be scored only after a second pass over the context."""
         return self.second_pass is not None

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lowkey.core.errors import LowkeyError
 from lowkey.core.options import option
 from lowkey.ops.hashing import OF_SEED, hashed
 from lowkey.policies.base import EvictionContext, Policy, attention_sums
@@ -34,6 +35,14 @@ class ZipVL(Policy):
         divisor: what n_j counts: the `probes` that see j, or, as ZipCache's code, all queries since the last
             eviction that do, `causal`, which divides late tokens by too much (default `probes`).
         seed: of the draw, which also depends on each query's position (default 0).
+        sparse_prefill: in a prompt that comes in one call, only the tokens that a layer keeps attend, and
+            only to one another; the others pass the layer without an update by attention (default False).
+            This changes the hidden states of all later layers: it saves time and no memory. It needs an
+            allocator that decides layer by layer, like `mass-share`, and recent tokens, since the last one
+            must attend.
+
+    Raises:
+        LowkeyError: as the base class; sparse prefill with another allocator or without recent tokens.
 
     Source: arXiv:2410.08584, eq. 6 to 9; how many probes there are is ZipCache's code. The paper compresses
     every 100 steps (`every=100`) by the newest query alone; here by the probes among those of the steps. Its
@@ -51,11 +60,22 @@ class ZipVL(Policy):
     random_probes: float = option(0.05, at_least=0, at_most=1)
     divisor: Divisor = "probes"
     seed: int = option(0, at_least=0, at_most=2**31 - 1)
+    sparse_prefill: bool = False
 
     def __post_init__(self) -> None:
         if self.allocator == "":
             object.__setattr__(self, "allocator", "mass-share" if self.budget is None else "layer-mass")
         super().__post_init__()
+        if self.sparse_prefill and (self.resolved_allocator().scope != "layer" or not self.recent):
+            raise LowkeyError(
+                "sparse_prefill of ZipVL: a layer must choose before the next one begins, and the last token "
+                "must be among what it keeps; use allocator mass-share or uniform, and recent of at least 1"
+            )
+
+    @property
+    def is_sparse(self) -> bool:
+        """See `sparse_prefill`."""
+        return self.sparse_prefill
 
     def score(self, context: EvictionContext) -> Tensor:
         """Normalised attention of the probes (b, h, s); see `Policy.score`."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from lowkey.backends.segment import merge_parts
 from lowkey.core.types import Budget
 from lowkey.models.attention_interface import Call
+from lowkey.ops.ragged import top_mask
 from lowkey.policies.base import CosAndSin, EvictionContext, Policy
 from lowkey.storage.base import StoringLayer
 from lowkey.storage.budgets import EvictionCosts, protected_tokens, tokens_of_budget
@@ -32,6 +33,7 @@ from lowkey.storage.codec import Codec, Plain
 from lowkey.storage.exact import Exact, SinkPoints
 from lowkey.storage.packing import Packing
 from lowkey.storage.rollback import Snapshot, storage_bytes
+from lowkey.storage.sparse_prefill import attend_to_important
 from lowkey.storage.stepping import SteppingLayer
 
 LARGEST_SCORE = 1e30  # finite, since +inf and -inf mean "stays in any case" and "there is no token"
@@ -59,11 +61,13 @@ class EvictingLayer(CandidateLayer):
         gates: what the policy has learnt of this layer.
         prompt_slots: slots that were seen before the first step of decoding.
         empty_call: the last call, without queries, for evictions that score nothing new.
+        kept_of_chunk: within a call that answers important tokens alone, (b, t), which tokens are; else None.
     """
 
     saved_counters = (*CandidateLayer.saved_counters, "decode_steps", "frozen", "prompt_slots")
 
     gates: Mapping[str, Tensor] = MappingProxyType({})
+    kept_of_chunk: Tensor | None = None
 
     def __init__(
         self,
@@ -202,6 +206,9 @@ class EvictingLayer(CandidateLayer):
             self.check_decoding(t, self.policy.every, self.block)
         self.transient_tokens = self.score_only_tokens
         keys, values = own_order
+        if t == self.seen and not is_step and self.policy.is_sparse and not self.frozen:
+            out = self._sparse_prefill(keys, values, ordered, call, real)
+            return self._in_model_order(out).to(values.dtype)
         buffers = self._take_in(keys, values, real)
         parts, repetition_lse = self._parts(keys, values, ordered, buffers, self.exact_rows(real))
         out = merge_parts(parts)[0] if len(parts) > 1 else parts[0][0]
@@ -214,6 +221,34 @@ class EvictingLayer(CandidateLayer):
                 repetition_lse = self._in_model_order(repetition_lse)
             self._evict(call, real, (keys, values), repetition_lse)
         return self._in_model_order(out).to(values.dtype)
+
+    def _sparse_prefill(
+        self, keys: Tensor, values: Tensor, ordered: Call, call: Call, real: Tensor
+    ) -> Tensor:
+        """Store a first chunk, evict, and answer only the tokens that are kept, over the kept ones.
+
+        Args:
+            keys: (b, h, t, d), heads in the codec's order.
+            values: the same.
+            ordered: the attention call, heads in the codec's order.
+            call: the attention call.
+            real: (b, t), which of the tokens are no padding.
+
+        Returns:
+            The output (b, h, g, t, d), heads in the codec's order.
+        """
+        self._take_in(keys, values, real)
+        self.prompt_slots = self.seen
+        transient = self.transient_tokens
+        self.kept_of_chunk = real  # unless an eviction chooses
+        try:
+            self._evict(call, real, (keys, values))
+            important = self.kept_of_chunk
+        finally:
+            self.kept_of_chunk = None
+        if transient:  # they score in the next layers, too
+            important = torch.cat([important[:, : important.shape[1] - transient], real[:, -transient:]], 1)
+        return attend_to_important(ordered, keys, values, important)
 
     replay = StoringLayer.replay  # recorded queries score tokens again
 
@@ -422,6 +457,11 @@ class EvictingLayer(CandidateLayer):
 
     def keep_best(self, candidates: Candidates, scores: Tensor, counts: Tensor) -> None:
         """Keep the candidates with the highest scores; see `CandidateLayer.keep_best`."""
+        if self.kept_of_chunk is not None:  # of a first chunk, which is all dense
+            chosen = top_mask(scores, counts).any(1)[:, candidates.sinks :]
+            self.kept_of_chunk = torch.nn.functional.pad(
+                chosen, (0, self.kept_of_chunk.shape[1] - chosen.shape[1])
+            )
         super().keep_best(candidates, scores, counts)
         self.recorded_queries = self.recorded_queries.new_empty(0)
 

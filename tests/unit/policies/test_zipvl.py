@@ -5,35 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from evicting_caches import made, record
-from pico import attached, prompt, stock
-from score_definitions import mixed_bits
+from pico import attached, build, feed, padding, prompt, real, stock
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+from zipvl_by_hand import important, probes_of
 
 import lowkey
 from lowkey.catalog import make_policy
+from lowkey.core.types import LowkeyError
 
 LAYERS, HEADS, GROUP = 3, 4, 2
-
-
-def probes_of(positions, newest, drawn):
-    """The newest queries, and others by the hash of their position."""
-    last = max(1, round(len(positions) * newest))
-    others = sorted(positions[:-last], key=mixed_bits)
-    return sorted({*positions[-last:], *others[: round(len(positions) * drawn)]})
-
-
-def important(paid, probes, stays, tau):
-    """By equations 6 to 9: {position}, from the attention (heads, probes, positions) of one layer.
-
-    What stays in any case is kept besides, and its mass does not count.
-    """
-    c = {j: float(paid[:, :, j].sum()) for j in range(paid.shape[2]) if j not in stays}
-    whole, held, p = sum(c.values()), 0.0, 0
-    for weight in sorted(c.values(), reverse=True):
-        p, held = p + 1, held + weight
-        if held >= tau * whole:
-            break
-    normalised = {j: c[j] / sum(q >= j for q in probes) for j in c}
-    return set(stays) | set(sorted(normalised, key=lambda j: -normalised[j])[:p])
 
 
 @pytest.mark.defines("policies", "zipvl")
@@ -123,3 +104,79 @@ def test_all_heads_of_a_layer_keep_the_same_tokens():
     for i in range(LAYERS):
         kept = [set(at.tolist()) for at in cache.kept_positions(i)]
         assert len(set.union(*kept)) - len(set.intersection(*kept)) <= 1  # a token that not all heads get
+
+
+# -- a prompt in which only important tokens attend
+
+
+def sparse_by_hand(model, ids, pads, tau, sinks=2, recent=4):
+    """Logits of the model whose attention is that of equations 6 to 9, layer by layer, in fp64."""
+
+    def attention(module, q, k, v, mask, scaling=None, **kwargs):
+        out, length = torch.zeros_like(q), q.shape[2]
+        for row, pad in enumerate(pads):
+            n = length - pad
+            query, keys, values = (x[row, :, pad:].double() for x in (q, k, v))
+            keys, values = (x.repeat_interleave(len(query) // len(x), 0) for x in (keys, values))
+            logits = query @ keys.mT * scaling
+            logits = logits.masked_fill(~torch.ones(n, n, dtype=torch.bool).tril(), -torch.inf)
+            probes = probes_of(list(range(n)), 0.05, 0.05)
+            stays = [*range(sinks), *range(n - recent, n)]
+            at = sorted(important(logits.softmax(-1)[:, probes], probes, stays, tau))
+            among = logits[:, at][:, :, at].softmax(-1) @ values[:, at]
+            out[row, :, [pad + t for t in at]] = among.to(out.dtype)
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("sparse-by-hand", attention)
+    AttentionMaskInterface.register("sparse-by-hand", sdpa_mask)
+    model.set_attn_implementation("sparse-by-hand")
+    mask, positions = padding(pads, ids.shape[1])
+    return model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+
+
+@pytest.mark.parametrize(("rest", "bits"), [("drop", None), ("int2", None), ("int2", 4)])
+@torch.no_grad()
+def test_only_important_tokens_attend_in_a_sparse_prefill(rest, bits):
+    ids, pads, tau = prompt(60, batch=2), [9, 0], 0.5
+    given = {"tau": tau, "sinks": 2, "recent": 4, "sparse_prefill": "true", "rest": rest}
+    policy = make_policy("zipvl", None, {k: str(v) for k, v in given.items()})
+    cache = made(policy, bits=bits, exact=lowkey.Exact(2, 4))
+    ours = feed(attached("llama"), ids, cache, pads)
+    assert cache.nbytes() == cache.predicted_nbytes()
+    theirs = sparse_by_hand(build("llama"), ids, pads, tau)
+    torch.testing.assert_close(real(ours, pads), real(theirs, pads), atol=2e-4, rtol=0)
+    dense = feed(attached("llama"), ids, made(make_policy("zipvl", "100%", {})), pads)
+    assert (real(ours, pads) - real(dense, pads)).abs().max() > 0.05
+    step = feed(attached("llama"), prompt(1, seed=2), cache, pads)  # steps attend to all that is held
+    assert bool(step.isfinite().all()) and cache.get_seq_length() == 61
+
+
+def test_a_sparse_prefill_of_all_tokens_is_a_dense_one():
+    ids, model = prompt(40, batch=2), attached("llama")
+    sparse = made(make_policy("zipvl", None, {"tau": "1", "sparse_prefill": "true"}))
+    dense = made(make_policy("zipvl", "100%", {}))
+    a, b = (feed(model, ids, cache, [7, 0], [30, 10]) for cache in (sparse, dense))
+    torch.testing.assert_close(real(a, [7, 0]), real(b, [7, 0]), atol=1e-5, rtol=0)
+
+
+def test_an_interrupted_sparse_prefill_changes_nothing():
+    cache = made(make_policy("zipvl", None, {"tau": "0.5", "sparse_prefill": "true"}))
+    model = attached("llama")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    handle = model.get_decoder().layers[1].mlp.register_forward_pre_hook(stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            feed(model, prompt(40), cache)
+    finally:
+        handle.remove()
+    assert cache.get_seq_length() == 0 and cache.nbytes() == cache.predicted_nbytes() == 0
+    assert all(layer.kept_of_chunk is None for layer in cache.evicting)
+
+
+@pytest.mark.parametrize("options", [{"allocator": "layer-mass"}, {"recent": "0", "allocator": "uniform"}])
+def test_a_sparse_prefill_needs_a_choice_at_once(options):
+    with pytest.raises(LowkeyError, match="sparse_prefill of ZipVL"):
+        make_policy("zipvl", "30%", {"sparse_prefill": "true"} | options)
