@@ -17,6 +17,7 @@ from lowkey.policies.keydiff import KeyDiff
 from lowkey.policies.knorm import Knorm
 from lowkey.policies.kvcompress import KVCompress
 from lowkey.policies.random import Random
+from lowkey.policies.rkv import RKV
 from lowkey.policies.snapkv import SnapKV
 from lowkey.policies.streaming import StreamingLLM
 from lowkey.policies.tova import TOVA
@@ -194,6 +195,25 @@ def by_dropkv(policy, context):
                     if float(others.sum()) > 0:
                         change = others @ values / others.sum() - whole
                         out[t] += float(change @ change) / len(weights)
+        return out
+
+    return each(context, score)
+
+
+def by_redundancy(policy, context):
+    """R-KV: the largest weight of any head, less how much the key is like all others."""
+
+    def score(i, j):
+        weights, real = attention(context, i, j, policy.window)
+        there = context.valid[i, j].nonzero().flatten().tolist()
+        keys, alike = context.keys[i, j].double(), {}
+        for t in there:
+            cosines = [float(keys[t] @ keys[o] / keys[t].norm() / keys[o].norm()) for o in there if o != t]
+            alike[t] = math.exp(sum(cosines) / max(1, len(cosines)))
+        out = [0.0] * context.keys.shape[2]
+        for t in there:
+            looked = sum(float(weights[:, q, t].max()) for q in range(weights.shape[1])) / max(1, real)
+            out[t] = policy.weight * looked - (1 - policy.weight) * alike[t] / sum(alike.values())
         return out
 
     return each(context, score)
@@ -430,6 +450,8 @@ CASES = {
     "snapkv defensive": (SnapKV(**SMALL, window=3, kernel=5, aggregation="defensive"), by_largest),
     "dropkv": (DropKV(**SMALL, window=5), by_dropkv),
     "dropkv all": (DropKV(**SMALL, window=0), by_dropkv),
+    "r-kv": (RKV(**SMALL, window=5), by_redundancy),
+    "r-kv by attention": (RKV(**SMALL, window=99, weight=0.9), by_redundancy),
     "triattention": (TriAttention(**SMALL, reach=16), by_centres),
     "triattention mean": (TriAttention(**SMALL, reach=1, aggregation="mean"), by_centres),
     "fast-kvzip": (FastKVzip(**SMALL), by_sink_gate),

@@ -28,6 +28,7 @@ from lowkey.policies.kvzip import KVzip
 from lowkey.policies.oracle import Oracle
 from lowkey.policies.random import Random
 from lowkey.policies.razor import Razor
+from lowkey.policies.rkv import RKV
 from lowkey.policies.snapkv import SnapKV
 from lowkey.policies.streaming import StreamingLLM
 from lowkey.policies.think import ThinK
@@ -44,6 +45,7 @@ SCORES: dict[str, type[Policy]] = {
     "curdkv": CurDKV,
     "knorm": Knorm,
     "keydiff": KeyDiff,
+    "r-kv": RKV,
     "kv-compress": KVCompress,
     "fastgen": FastGen,
     "think": ThinK,
@@ -76,6 +78,7 @@ PLANNED = "snapkv"  # the policy that the planner tries: no second pass, and no 
 __all__ = [
     "H2O",
     "POLICIES",
+    "RKV",
     "SCORES",
     "TOVA",
     "CurDKV",

@@ -299,6 +299,13 @@ def by_loss(weights, values):
     return ((p / (1 - p)) ** 2 * (change**2).sum(-1)).sum((2, 3)) / GROUP
 
 
+def by_redundancy(weights, keys):
+    """A tenth of the largest weight of any head, less nine tenths of how much a key is like the others."""
+    unit = keys / keys.norm(dim=-1, keepdim=True)
+    alike = (unit @ unit.mT - torch.eye(N)).sum(-1) / (N - 1)
+    return 0.1 * weights[..., -8:, :].amax(2).mean(2) - 0.9 * alike.softmax(-1)
+
+
 def by_chance():
     x = torch.arange(N) + 0x9E3779B1 * torch.arange(HEADS).view(-1, 1)
     x = (x + 0x85EBCA77 * torch.arange(LAYERS).view(-1, 1, 1)) % 2**32
@@ -309,6 +316,7 @@ def by_chance():
 
 SCORED = {
     "dropkv": lambda w, k, v: by_loss(w, v),
+    "r-kv": lambda w, k, v: by_redundancy(w, k),
     "random": lambda w, k, v: by_chance(),
     "streamingllm": lambda w, k, v: torch.arange(N).double().expand(LAYERS, HEADS, N),
     "tova": lambda w, k, v: w[..., -1, :].mean((1, 2))[:, None].expand(-1, HEADS, -1),
