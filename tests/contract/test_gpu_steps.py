@@ -26,6 +26,8 @@ SAMPLED = [
     ("merged-pre-global-8", "llama"),
     ("razor-4", "llama"),
     ("think", "llama"),
+    ("dynamic", "llama"),
+    ("dynamic-pre", "llama"),
 ]
 
 

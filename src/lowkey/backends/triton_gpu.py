@@ -96,6 +96,7 @@ class Segments:
 
     Attributes:
         widths: channels of outputs in either basis, 0 where there are none.
+        fill_parts: whether the outputs of all segments have as many channels as those of their basis.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Segments:
             max((s.values.width for s in segments if s.as_latents == latents), default=0)
             for latents in (True, False)
         ]
+        self.fill_parts = all(s.values.width == self.widths[not s.as_latents] for s in segments)
         self.in_model_basis = torch.tensor([not s.as_latents for s in segments], device=device).to(
             torch.int32
         )
@@ -208,7 +210,10 @@ class Segments:
         """Write what `attend` returns; see there for arguments."""
         (rows, m), device = outputs[3].shape, outputs[3].device
         width = max(self.widths)
-        parts, lses = (torch.empty(len(self.row_of), m, *rest, device=device) for rest in ((width,), ()))
+        # a segment writes as many channels as it has, and merging reads as many as its basis has
+        made = torch.empty if self.fill_parts else torch.zeros
+        parts = made(len(self.row_of), m, width, device=device)
+        lses = torch.empty(len(self.row_of), m, device=device)
         asked: dict[tuple[int, torch.dtype], Tensor] = {}
         for i, s in enumerate(self.segments):
             if (basis := s.basis, s.dtype) not in asked:
