@@ -47,7 +47,7 @@ def merged(model, **fields):
     return planned(model, factors=maps, orthonormal=False, sinks=3, recent=5, **fields)
 
 
-UNFED = ("think", "oracle")  # the one takes no plan, the other no prompt without an answer
+FED = [name for name in POLICIES if name not in ("oracle", *pico.SMALL)]
 KINDS = {
     "stock": lambda m: make_cache(m),
     **{f"bits-{b}": partial(lambda b, m: make_cache(m, bits=b), b) for b in (8, 2, "kivi4", "hadamard4")},
@@ -59,8 +59,10 @@ KINDS = {
     "exact": lambda m: make_cache(m, exact=Exact(4, 8)),
     "exact-prefill": lambda m: make_cache(m, planned(m), exact=Exact(4, 8, "exact")),
     "rule": lambda m: make_cache(m, bits=8, exact=Exact(4, 8, rule=rule(m))),
-    **{name: partial(lambda n, m: scored(m, None, n), name) for name in POLICIES if name != "oracle"},
-    **{f"plan-{n}": partial(lambda n, m: scored(m, planned(m), n), n) for n in POLICIES if n not in UNFED},
+    **{name: partial(lambda n, m: scored(m, None, n), name) for name in FED},
+    **{
+        f"plan-{n}": partial(lambda n, m: scored(m, planned(m), n), n) for n in FED if n != "think"
+    },  # it takes no plan
     # rank x heads x tokens x bits
     "snapkv-kivi2": lambda m: make_cache(m, policy=evicting("snapkv"), bits="kivi2", exact=SMALL_WINDOW),
     "plan-h2o-4": lambda m: make_cache(m, planned(m, sinks=3, recent=5), evicting("h2o"), bits=4),

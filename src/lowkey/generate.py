@@ -54,7 +54,8 @@ def stream_text(
     Returns:
         `text`; `new_tokens`; `tokens_per_s`; `bytes_held`, of the cache at the end; `bytes_full`, of
         transformers' own cache with as many tokens. With `draft` also `verifications` and
-        `accepted_per_verification`.
+        `accepted_per_verification`. Beside a small model also `bytes_small_cache`, which `bytes_held`
+        includes, and `bytes_small_weights`, which it does not.
 
     Raises:
         LowkeyError: for an empty prompt, or for more tokens than the model has positions.
@@ -73,6 +74,9 @@ def stream_text(
             "verifications": len(verified.accepted),
             "accepted_per_verification": verified.accepted_per_verification,
         }
+    if cache.small is not None:
+        new = _continued_by_both(model, cache, ids, tokens, streamer)
+        return _summary(model, tokenizer, cache, new, time.perf_counter() - start)
     policy = cache.origin.policy_in_use if cache.origin else None
     if policy is not None and policy.needs_second_pass:
         if ids.shape[1] > 1:
@@ -99,13 +103,46 @@ def _summary(
     seconds: float,
 ) -> dict:
     """What `stream_text` returns, given the new tokens (n)."""
+    beside = {}
+    if cache.small is not None:
+        beside = {
+            "bytes_small_cache": cache.small_nbytes(),
+            "bytes_small_weights": cache.small_weights_nbytes(),
+        }
     return {
         "text": tokenizer.decode(new, skip_special_tokens=True),
         "new_tokens": len(new),
         "tokens_per_s": len(new) / seconds,
         "bytes_held": cache.nbytes(),
         "bytes_full": full_cache_bytes(model, cache),
+        **beside,
     }
+
+
+@torch.no_grad()
+def _continued_by_both(
+    model: PreTrainedModel, cache: LowkeyCache, ids: Tensor, tokens: int, streamer: TextStreamer | None
+) -> Tensor:
+    """New ids (n) that continue a prompt (1, t) greedily, while a small model reads along."""
+    stops, new, unread = _stops(model), list[int](), ids
+    if streamer is not None:
+        streamer.put(ids[0])
+    while len(new) < tokens and (not new or new[-1] not in stops):
+        with cache.reading(unread):
+            logits = model(unread, past_key_values=cache, logits_to_keep=1).logits
+        new.append(int(logits[0, -1].argmax()))
+        unread = ids.new_tensor([new[-1:]])
+        if streamer is not None:
+            streamer.put(unread[0])
+    if streamer is not None:
+        streamer.end()
+    return ids.new_tensor(new)
+
+
+def _stops(model: PreTrainedModel) -> set[int | None]:
+    """The ids that end a text."""
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    return set(ends) if isinstance(ends, list) else {ends}
 
 
 def _check_positions(model: PreTrainedModel, ids: Tensor, tokens: int) -> None:
@@ -191,8 +228,7 @@ def generate_verified(
     full = DynamicCache(config=model.config, offloading=ids.is_cuda)
     new = [int(model(ids, past_key_values=full, logits_to_keep=1).logits[0, -1].argmax())]
     full.activate_past_recording()
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-    stops = set(ends) if isinstance(ends, list) else {ends}
+    stops = _stops(model)
     if streamer is not None:
         streamer.put(ids[0])
         streamer.put(torch.tensor(new))

@@ -19,7 +19,7 @@ from lowkey.core.types import LowkeyError
 from lowkey.policies import POLICIES
 from lowkey.storage.exact import Exact
 
-FED = [name for name in POLICIES if name not in ("kvzip", "oracle")]  # it wants lowkey.prefill
+FED = [name for name in POLICIES if name not in pico.UNFED]
 
 
 # -- what a score sees

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowkey.cache import cachefile
-from lowkey.cache.continuations import ContinuableCache
+from lowkey.cache.companion import CompanionCache, checked_small
 from lowkey.cache.refusals import check_combination, check_gates, check_gates_model, check_sink_rule
 from lowkey.core.options import shown
 from lowkey.core.types import LowkeyError, identity_factors
@@ -36,10 +36,13 @@ from lowkey.storage.coded import CodedLayer
 from lowkey.storage.compensating import CompensatingLayer
 from lowkey.storage.evicting import EvictingLayer
 from lowkey.storage.exact import DEFAULT_WINDOW, NO_EXACT_TOKENS, Exact
+from lowkey.storage.guided import GuidedLayer
 from lowkey.storage.mixed import MixedLayer
+from lowkey.storage.observed import Observed, ObservedLayer
 from lowkey.storage.packing import Scheme, scheme_or_none
 from lowkey.storage.pruning import PruningLayer
 from lowkey.storage.rollback import ForwardPass
+from lowkey.storage.value_rows import ValueRowsLayer
 
 NO_POLICY = "none"  # keeps all tokens, where a plan says otherwise
 EVICTING_LAYERS: dict[str, type[EvictingLayer]] = {
@@ -47,6 +50,8 @@ EVICTING_LAYERS: dict[str, type[EvictingLayer]] = {
     "compensating": CompensatingLayer,
     "pruning": PruningLayer,
     "mixed": MixedLayer,
+    "guided": GuidedLayer,
+    "value-rows": ValueRowsLayer,
 }
 # attributes of layers that never change, so that copies of a cache share them
 SHARED_BY_COPIES = (
@@ -76,6 +81,7 @@ class Origin:
         bits: as `make_cache` took it.
         exact: as `make_cache` took it.
         gates: as `make_cache` took them.
+        small: a weak reference to the small model that reads along, or None.
     """
 
     model: weakref.ReferenceType[PreTrainedModel]
@@ -84,6 +90,7 @@ class Origin:
     bits: int | str | None = None
     exact: Exact | None = None
     gates: Gates | None = None
+    small: weakref.ReferenceType[PreTrainedModel] | None = None
 
     @property
     def policy_in_use(self) -> Policy | None:
@@ -93,7 +100,7 @@ class Origin:
         return self.policy
 
 
-class LowkeyCache(ContinuableCache):
+class LowkeyCache(CompanionCache):
     """A transformers cache that counts its bytes, evicts, and survives failed calls unchanged.
 
     Args:
@@ -179,14 +186,15 @@ class LowkeyCache(ContinuableCache):
         """
         self.forward_pass.settle()
         self._make_compact()
-        before = [layer.snapshot() for layer in self.layers]
+        layers = [*self.layers, *(self.small.layers if self.small is not None else ())]
+        before = [layer.snapshot() for layer in layers]
         try:
             yield
         except BaseException:
             # the snapshots of the pass under way are newer than ours, and so is what was recorded
             self.forward_pass.snapshots.clear()
             self.forward_pass.settle()
-            for layer, snapshot in zip(self.layers, before, strict=True):
+            for layer, snapshot in zip(layers, before, strict=True):
                 layer.restore(snapshot)
             raise
 
@@ -196,15 +204,20 @@ class LowkeyCache(ContinuableCache):
             layer.make_compact()
 
     def nbytes(self) -> int:
-        """The bytes that are really held, over all layers, and to undo a forward pass under way."""
-        return sum(layer.nbytes() for layer in self.layers) + self.forward_pass.nbytes(self.layers)
+        """The bytes that are really held, over all layers, and to undo a forward pass under way.
+
+        Those of a small model's cache are among them; see `small_nbytes`.
+        """
+        own = sum(layer.nbytes() for layer in self.layers) + self.forward_pass.nbytes(self.layers)
+        return own + self.small_nbytes()
 
     def predicted_nbytes(self) -> int:
         """The bytes that the formulas of the layers give for the tokens seen.
 
         What is held to undo a forward pass under way is counted and added.
         """
-        return sum(layer.predicted_nbytes() for layer in self.layers) + self.forward_pass.nbytes(self.layers)
+        own = sum(layer.predicted_nbytes() for layer in self.layers) + self.forward_pass.nbytes(self.layers)
+        return own + (0 if self.small is None else self.small.predicted_nbytes())
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -293,13 +306,18 @@ class LowkeyCache(ContinuableCache):
 
         Raises:
             LowkeyError: if the model is gone or has changed since it filled the cache, every token has a rank
-                of its own, or the folder cannot be written.
+                of its own, a small model reads along, or the folder cannot be written.
         """
         self.forward_pass.undo()
         self._make_compact()
         origin, filled_by = self.origin, self.filled_by
         if origin is None or filled_by is None:
             raise LowkeyError("cache: was not made by make_cache; save one that was")
+        if self.small is not None:
+            raise LowkeyError(
+                "cache: a small model reads along, whose cache is not saved; read the prompt again, or use "
+                "another policy"
+            )
         if origin.plan is not None:
             origin.plan.check_fixed_ranks("saving a cache")
         fingerprint, model = filled_by.fingerprint(), origin.model()
@@ -342,6 +360,7 @@ def make_cache(
     bits: int | str | None = None,
     exact: Exact | None = None,
     gates: Gates | None = None,
+    small: PreTrainedModel | None = None,
 ) -> LowkeyCache:
     """Make an empty cache for one batch of sequences.
 
@@ -359,6 +378,9 @@ def make_cache(
         exact: overrides the plan's sinks, recent window and prefill mode, and the 4 sinks and 32 recent
             tokens that integers alone come with. Its rule comes from `lowkey.find_sinks`.
         gates: what the policy has learnt of this model, if it needs that; see `lowkey gates`.
+        small: an attached model of the same tokenizer that reads along, if the policy needs one. The cache
+            holds the small model's cache, too, and a weak reference to the model. Every call then stands in a
+            block `with cache.reading(ids):`; `prefill` does so itself.
 
     Raises:
         LowkeyError: if the model is not attached, the plan is for another model, bits are unknown, or two
@@ -381,7 +403,8 @@ def make_cache(
         check_sink_rule(model, exact.rule, exact.sinks)
     if gates is not None:
         check_gates_model(model, gates)
-    cache = cache_from(model, Origin(weakref.ref(model), plan, policy, bits, exact, gates))
+    beside = None if small is None else weakref.ref(small)
+    cache = cache_from(model, Origin(weakref.ref(model), plan, policy, bits, exact, gates, beside))
     cache.filled_by = FillingModel(model)
     return cache
 
@@ -396,12 +419,17 @@ def cache_from(model: PreTrainedModel, origin: Origin) -> LowkeyCache:
     if stock and families.stores_own_form(model.config):
         cache = LowkeyCache(layers=[StockLayer() for _ in families.decoder_layers(model)])
     else:
-        cache = cache_of(model, _builder(model, origin))
+        small = checked_small(model, origin.policy_in_use, origin.small)
+        beside = cache_of(small, lambda i: ObservedLayer(origin.policy_in_use)) if small is not None else None
+        cache = cache_of(model, _builder(model, origin, beside))
+        cache.small, cache.small_model = beside, origin.small
     cache.origin = origin
     return cache
 
 
-def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedLayer]:
+def _builder(
+    model: PreTrainedModel, origin: Origin, small: LowkeyCache | None
+) -> Callable[[int], CountedLayer]:
     """A function that makes the layer with a given index, for layers with full attention."""
     plan, policy = origin.plan, origin.policy_in_use
     # what the caller says comes first, then what the plan says, then the defaults
@@ -445,6 +473,7 @@ def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedL
             stored_shapes_of_layers(plan) if plan else None,
         )
         kind, gates = EVICTING_LAYERS[policy.storing_layer], origin.gates
+        observed = None if small is None else Observed.of(small.layers)
 
         def evicting(i: int) -> EvictingLayer:
             layer = kind(
@@ -459,6 +488,8 @@ def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedL
             )
             if gates is not None:
                 layer.gates = gates.layers[full.index(i)]
+            if observed is not None:
+                layer.observed = observed
             return layer
 
         return evicting

@@ -46,6 +46,11 @@ def prefill(
     """
     policy = _policy_of(cache, question)
     mask = _checked(ids, question, attention_mask)
+    if cache.small is not None and not bool(mask.all()):
+        raise LowkeyError(
+            "attention_mask: a small model reads along only without padding; give rows of one length, or a "
+            "cache for each"
+        )
     # (a percentage always fits: sinks and recent tokens stay even if it is less)
     if policy is not None and budget_of(policy).unit == "tokens":
         check_question(policy, int(mask.sum(1).min()), question, cache.evicting[0].exact)
@@ -118,7 +123,8 @@ def _read(model: PreTrainedModel, cache: LowkeyCache, ids: Tensor, mask: Tensor)
     positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     # without padding the model makes both itself, and can use the faster causal path
     known: dict[str, Any] = {} if bool(mask.all()) else {"attention_mask": mask, "position_ids": positions}
-    model(ids, **known, past_key_values=cache, logits_to_keep=1)
+    with cache.reading(ids):
+        model(ids, **known, past_key_values=cache, logits_to_keep=1)
 
 
 def _repeated(

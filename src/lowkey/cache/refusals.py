@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from lowkey.core.types import LowkeyError
 from lowkey.models import families
+from lowkey.models.attention_interface import attached
 from lowkey.models.fingerprint import check_model
 from lowkey.plan.plan import Plan
 from lowkey.policies import policy_name
@@ -121,3 +122,39 @@ def check_gates_model(model: PreTrainedModel, gates: Gates) -> None:
     """Refuse gates of another model. Raises: LowkeyError."""
     again = f"run `lowkey gates {model.config._name_or_path or 'MODEL'} OUT --method {gates.method}`"
     check_model("folder of gates", gates.model, gates.model_sha256, model, again)
+
+
+def check_small(model: PreTrainedModel, policy: Policy | None, small: PreTrainedModel | None) -> None:
+    """Refuse a small model that is missing, that nobody reads, or that cannot read what the model reads.
+
+    Args:
+        model: the model.
+        policy: the policy, or None.
+        small: the small model, or None.
+
+    Raises:
+        LowkeyError: for such a model.
+    """
+    needed = policy is not None and policy.reads_along
+    if small is None:
+        if policy is not None and needed:
+            raise LowkeyError(
+                f"policy {policy_name(policy)!r} needs a small model of the same tokenizer that reads along: "
+                "give make_cache(small=MODEL) (--small-model MODEL)"
+            )
+        return
+    name = small.config._name_or_path or type(small).__name__
+    if not needed:
+        raise LowkeyError(
+            f"small {name!r}: no policy lets it read along; give one that does, or leave it out"
+        )
+    if not attached(small):
+        raise LowkeyError(f"small {name!r} is not attached: call lowkey.attach(small) before make_cache")
+    if families.stores_own_form(small.config):
+        raise LowkeyError(f"small {name!r}: its attention cannot be read along; give a plain decoder")
+    own, other = (m.config.get_text_config().vocab_size for m in (model, small))
+    if own != other:
+        raise LowkeyError(
+            f"small {name!r}: has {other} tokens and the model {own}, so their tokenizers differ; give a "
+            "model of the same tokenizer"
+        )

@@ -255,6 +255,7 @@ def check_policies(
     allocator_given: list[str] | None,
     heads: list[Path] | None,
     gates: list[Path] | None,
+    small_model: str | None = None,
 ) -> None:
     """Check eviction policies and what is given for them.
 
@@ -266,6 +267,7 @@ def check_policies(
         allocator_given: options of their allocators, as name=value.
         heads: files of head scores.
         gates: folders of gates.
+        small_model: a model that reads along.
     """
     chosen = [] if names is None else [name for name in names.split(",") if name != choices.NO_POLICY]
     if not chosen:
@@ -276,6 +278,7 @@ def check_policies(
             ("allocator option", allocator_given),
             ("heads", heads),
             ("gates", gates),
+            ("small model", small_model),
         ):
             if value is not None:
                 word = value if isinstance(value, str) else value[0]
@@ -287,6 +290,8 @@ def check_policies(
             raise LowkeyError(
                 f"gates {str(path)!r}: no such folder; write it with `lowkey gates MODEL {path}`"
             )
+    if small_model is not None:
+        check_name(small_model)
     own, of_allocator = parse_pairs(given), parse_pairs(allocator_given, "allocator option")
     for name in chosen:
         for budget in budgets.split(",") if budgets is not None else [None]:

@@ -39,6 +39,7 @@ from lowkey.cli.options import (
     MeasuringSeed,
     Model,
     PolicyOptions,
+    SmallModel,
     TokenAllocatorOptions,
 )
 from lowkey.core import files, text
@@ -114,6 +115,7 @@ def eval_(
     allocator_option: TokenAllocatorOptions = None,
     heads: HeadFiles = None,
     gates: GateFolders = None,
+    small_model: SmallModel = None,
     task: Annotated[
         list[str] | None,
         typer.Option(
@@ -211,7 +213,7 @@ def eval_(
     check_settings("Exact", sinks=sinks, recent=recent)
     for scheme in bits or ():
         check_bits(scheme, also=[choices.NO_BITS])
-    check_policies(policy, budget, option, allocator_option, heads, gates)
+    check_policies(policy, budget, option, allocator_option, heads, gates, small_model)
     whole = choices.NO_POLICY in (policy or "").split(",")
     if not plan and (whole or choices.NO_BITS in (bits or ())):
         given = f"policy {choices.NO_POLICY!r}" if whole else f"bits {choices.NO_BITS!r}"
@@ -226,7 +228,7 @@ def eval_(
     files.check_file(place, "result")
     work = files.work_beside(place)
 
-    from lowkey.cli.loading import head_scores, learnt_gates, make_policies, open_model
+    from lowkey.cli.loading import head_scores, learnt_gates, make_policies, open_model, open_small_model
     from lowkey.cli.tables import notes, show_rows
     from lowkey.core.progress import bars
     from lowkey.evaluate.result import Task, evaluate, evaluation_job
@@ -235,13 +237,14 @@ def eval_(
 
     policies = make_policies(policy, budget, option, allocator_option)
     loaded, tokenizer = open_model(model, dtype, device)
+    small = open_small_model(small_model, policies, tokenizer, dtype, device)
     context = _usual_context(loaded, names) if context is None else context
     plans = [(Plan.load(folder, loaded), str(folder)) for folder in plan or ()]
     settings = [full(loaded)] + [_planned(loaded, *p, None, sinks, recent) for p in plans]
     below: Sequence[tuple[Plan | None, str | None]] = plans or [(None, None)]
     scores, learnt = head_scores(heads, loaded), learnt_gates(gates)
     settings += [
-        evicted(loaded, wanted, name, context, *p, heads=scores, gates=learnt)
+        evicted(loaded, wanted, name, context, *p, heads=scores, gates=learnt, small=small)
         for name, wanted in policies
         for p in below
     ]

@@ -23,6 +23,7 @@ from lowkey.cli.options import (
     HeadFiles,
     Model,
     PolicyOptions,
+    SmallModel,
     TokenAllocatorOptions,
 )
 from lowkey.core.errors import LowkeyError
@@ -98,6 +99,7 @@ def generate(
     allocator_option: TokenAllocatorOptions = None,
     heads: HeadFiles = None,
     gates: GateFolders = None,
+    small_model: SmallModel = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
@@ -117,7 +119,7 @@ def generate(
         raise LowkeyError(f"draft {draft}: is of --verify; give --verify full")
     checked("draft", USUAL_DRAFT if draft is None else draft, int, DRAFT, USUAL_DRAFT)
     check_bits(bits, also=[choices.NO_BITS])
-    check_policies(policy, budget, option, allocator_option, heads, gates)
+    check_policies(policy, budget, option, allocator_option, heads, gates, small_model)
     if any("," in (given or "") for given in (policy, budget)):
         raise LowkeyError(
             f"policy {policy!r} with budget {budget!r}: generate takes one policy and one budget"
@@ -127,18 +129,26 @@ def generate(
         check_plan(plan)
 
     from lowkey.cache.cache import make_cache
-    from lowkey.cli.loading import head_scores, importance, learnt_gates, make_policies, open_model
+    from lowkey.cli.loading import (
+        head_scores,
+        importance,
+        learnt_gates,
+        make_policies,
+        open_model,
+        open_small_model,
+    )
     from lowkey.generate import stream_text
     from lowkey.plan.plan import Plan
 
     wanted = make_policies(policy, budget, option, allocator_option)
     loaded, tokenizer = open_model(model, dtype, device)
+    small = open_small_model(small_model, wanted, tokenizer, dtype, device)
     chosen = Plan.load(plan, loaded) if plan else None
     evicting: Policy | Literal["none"] | None = "none" if policy == choices.NO_POLICY else None
     if wanted:
         evicting = wanted[0][1].with_head_scores(importance(chosen, head_scores(heads, loaded)))
     learnt = learnt_gates(gates).get(wanted[0][1].learns) if wanted else None
-    cache = make_cache(loaded, chosen, evicting, bits=bits, gates=learnt)
+    cache = make_cache(loaded, chosen, evicting, bits=bits, gates=learnt, small=small)
     out = None if as_json else sys.stdout
     drafting = (draft or USUAL_DRAFT) if verify else 0
     summary = stream_text(loaded, tokenizer, prompt, cache, tokens, out, drafting)
@@ -155,3 +165,8 @@ def generate(
         f"\n{summary['tokens_per_s']:.1f} tokens/s; the cache holds {held:,} bytes, "
         f"{100 * held / whole:.1f}% of {whole:,}"
     )
+    if small is not None:
+        note(
+            f"of these, {summary['bytes_small_cache']:,} bytes are the small model's cache; its weights take "
+            f"{summary['bytes_small_weights']:,} more"
+        )

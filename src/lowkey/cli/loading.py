@@ -45,6 +45,34 @@ def open_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, Pre
     return loading.load(name, dtype, device)
 
 
+def open_small_model(
+    name: str | None,
+    policies: list[tuple[str, Policy]],
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: str,
+    device: str,
+) -> PreTrainedModel | None:
+    """Load the model that reads along, if there is one.
+
+    Raises:
+        LowkeyError: if no policy lets it, or for a model that cannot be loaded or has another tokenizer.
+    """
+    if name is None:
+        return None
+    if not any(wanted.reads_along for _, wanted in policies):
+        raise LowkeyError(
+            f"small model {name!r}: none of the policies lets it read along; give one that does, or leave it "
+            "out"
+        )
+    model, own = open_model(name, dtype, device)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise LowkeyError(
+            f"small model {name!r}: its tokenizer has other tokens than the model's; give a model of the "
+            "same tokenizer"
+        )
+    return model
+
+
 def check_context(context: int | None, model: PreTrainedModel) -> None:
     """Raises: LowkeyError for windows that have more tokens than the model has positions."""
     longest = families.max_positions(model)

@@ -183,6 +183,16 @@ GateFolders = Annotated[
     ),
 ]
 
+SmallModel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="a smaller model of the same tokenizer that reads along, for policies that choose by its "
+        "attention",
+        rich_help_panel=POLICY,
+    ),
+]
+
 # -- output
 
 OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="folder to write to", show_default=False)]

@@ -143,13 +143,16 @@ def write_answer(
     """
     # a question that the cache has not stored is read here, and the answer begins behind it
     new, out = ids[:, cache.get_seq_length() :], []
-    logits = model(new, past_key_values=cache, logits_to_keep=1).logits
+    with cache.reading(new):
+        logits = model(new, past_key_values=cache, logits_to_keep=1).logits
     held = cache.nbytes()
     while (token := int(logits[0, -1].argmax())) not in ends:
         out.append(token)
         if len(out) == most:
             break
-        logits = model(ids.new_tensor([[token]]), past_key_values=cache, logits_to_keep=1).logits
+        new = ids.new_tensor([[token]])
+        with cache.reading(new):
+            logits = model(new, past_key_values=cache, logits_to_keep=1).logits
     return Written(out, held)
 
 

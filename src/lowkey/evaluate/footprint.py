@@ -26,6 +26,9 @@ def record_footprint(setting: Setting, cache: LowkeyCache, measured: Measured) -
     """
     kept = [[len(p) for p in layer.kept_positions(0)] for layer in cache.evicting]
     held = {"bytes_held": cache.nbytes(), "bytes_predicted": cache.predicted_nbytes(), "kept_per_head": kept}
+    if cache.small is not None:
+        held["bytes_small_cache"] = cache.small_nbytes()
+        held["bytes_small_weights"] = cache.small_weights_nbytes()
     measured.once(f"bytes {setting.name}", lambda: held)
 
 
@@ -51,7 +54,8 @@ def measure_footprint(
 
     Returns:
         By setting: bytes per token, held, predicted and of the full cache; for settings that evict, the
-        tokens kept per compressible layer and KV head.
+        tokens kept per compressible layer and KV head; beside a small model, the part of its cache in the
+        bytes held, and the bytes of its weights, which come on top.
     """
     measured = measured or Measured()
     todo = [s for s in settings if f"bytes {s.name}" not in measured]
@@ -72,4 +76,5 @@ def measure_footprint(
         }
         if record["kept_per_head"]:  # settings without a policy keep every token
             rows[name]["kept_per_head"] = record["kept_per_head"]
+        rows[name] |= {field: n for field, n in record.items() if field.startswith("bytes_small")}
     return rows

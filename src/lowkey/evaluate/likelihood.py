@@ -91,7 +91,10 @@ def _logits(model: PreTrainedModel, setting: Setting, ids: Tensor, measured: Mea
     """Logits (t - 1, V) of every token but the last, which has no successor."""
     cache = setting.make()
     pieces = ids.split(TOKENS_PER_PIECE, dim=1) if setting.evicts else [ids]
-    logits = [model(piece, past_key_values=cache).logits[0] for piece in pieces]
+    logits = []
+    for piece in pieces:
+        with cache.reading(piece):
+            logits.append(model(piece, past_key_values=cache).logits[0])
     if not setting.evicts:
         footprint.record_footprint(setting, cache, measured)
     return (logits[0] if len(logits) == 1 else torch.cat(logits))[:-1]
@@ -267,7 +270,8 @@ def _decoded_logits(
     prefill(model, tokenizer, cache, ids[:, :half])
     cache.exact_prefill(False)
     cache.freeze()  # a policy has chosen; the second half is decoding
-    return model(ids[:, half:], past_key_values=cache).logits[0, :-1]
+    with cache.reading(ids[:, half:]):
+        return model(ids[:, half:], past_key_values=cache).logits[0, :-1]
 
 
 def _exp(x: float) -> float:

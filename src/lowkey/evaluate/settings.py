@@ -22,6 +22,7 @@ from lowkey.core.options import defaults_of
 from lowkey.core.row_names import distinct_row_names
 from lowkey.core.types import LowkeyError
 from lowkey.methods import METHODS
+from lowkey.models.fingerprint import model_fingerprint
 from lowkey.plan.plan import Plan
 from lowkey.policies import policy_to_dict
 from lowkey.policies.base import Policy
@@ -62,6 +63,7 @@ class Setting:
             `lowkey.core.row_names`).
         made_of: checksum of everything that decides what the caches hold.
         short: the name without marks.
+        small: the small model that reads along, or None.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Setting:
     marks: Mapping[str, str] = field(default_factory=dict)
     made_of: str = ""
     short: str = ""
+    small: PreTrainedModel | None = None
 
     def row(self) -> dict:
         """The row of the result with nothing measured yet."""
@@ -291,6 +294,7 @@ def evicted(
     path: str | None = None,
     heads: HeadImportance | None = None,
     gates: Mapping[str, Gates] | None = None,
+    small: PreTrainedModel | None = None,
 ) -> Setting:
     """A policy, by itself or over a plan.
 
@@ -303,6 +307,7 @@ def evicted(
         path: folder of the plan.
         heads: head scores by kind.
         gates: what policies have learnt of the model, by what they call it (`Policy.learns`).
+        small: a small model, for a policy that has one read along.
 
     Raises:
         LowkeyError: its budget does not hold the tokens that are always kept, head scores or gates are
@@ -324,7 +329,10 @@ def evicted(
     learnt = (gates or {}).get(policy.learns)
     if learnt is not None:
         check_gates_model(model, learnt)
-    origin = Origin(weakref.ref(model), plan, policy, gates=learnt)
+    beside = small if policy.reads_along else None
+    origin = Origin(
+        weakref.ref(model), plan, policy, gates=learnt, small=None if beside is None else weakref.ref(beside)
+    )
     cache_from(model, origin)  # refuses what does not go together now, and not when the first case is read
     label = f"{name} {budget}" if budget else name
     marks = {key: f"{key}={value}" for key, value in written["parameters"].items()}
@@ -339,7 +347,14 @@ def evicted(
         needs_second_pass=policy.needs_second_pass,
         sees_answer=policy.sees_answer,
         marks=marks,
-        made_of=_hash(identity, repr(policy), plan and plan.digest(), learnt and learnt.describe()),
+        made_of=_hash(
+            identity,
+            repr(policy),
+            plan and plan.digest(),
+            learnt and learnt.describe(),
+            None if beside is None else model_fingerprint(beside),
+        ),
+        small=beside,
     )
 
 

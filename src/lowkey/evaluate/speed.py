@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowkey.cache.cache import LowkeyCache
 from lowkey.cache.prefill import prefill
 from lowkey.core.files.measured import Measured
 from lowkey.core.progress import Progress
@@ -67,8 +68,14 @@ def _run(
     cache = setting.make()
     took = _timed(lambda: prefill(model, tokenizer, cache, ids), ids.device)
     footprint.record_footprint(setting, cache, measured)
-    steps = [_timed(lambda: model(ids[:, -1:], past_key_values=cache), ids.device) for _ in range(STEPS)]
+    steps = [_timed(lambda: _step(model, cache, ids[:, -1:]), ids.device) for _ in range(STEPS)]
     return {"prefill_ms": took, "step_ms": statistics.median(steps)}
+
+
+def _step(model: PreTrainedModel, cache: LowkeyCache, token: Tensor) -> None:
+    """Read a token (1, 1), after the small model if there is one."""
+    with cache.reading(token):
+        model(token, past_key_values=cache)
 
 
 def _timed(call: Callable[[], object], device: torch.device) -> float:

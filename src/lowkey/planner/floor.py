@@ -240,6 +240,11 @@ def _check_policy(policy: Policy, plan: Plan, setting: StoredSetting) -> None:
             f"{what}: the policy {policy.needs_whole_keys}, which is not counted here; measure it with "
             "lowkey eval"
         )
+    if policy.reads_along:
+        raise LowkeyError(
+            f"{what}: the policy has a small model read along, whose cache is not counted here; measure it "
+            "with lowkey eval"
+        )
     if policy.budget is None:  # that of a plan need not have one
         raise LowkeyError(f"{what}: what the policy keeps depends on the text; measure it with lowkey eval")
     check_window(policy, Exact(plan.sinks, plan.recent))

@@ -249,6 +249,10 @@ def check_policy(policy: str, axes: Sequence[str]) -> None:
     if "tokens" not in axes:
         return
     made = policy_keeping(policy)(0.5).with_head_scores({})  # refuses if it needs head scores
+    if made.reads_along:
+        raise LowkeyError(
+            f"policy {policy!r} has a small model read along, which a plan does not hold; give another policy"
+        )
     if made.needs_whole_keys and set(axes) != {"tokens"}:
         raise LowkeyError(
             f"policy {policy!r} {made.needs_whole_keys}, which excludes the other axes; give the axis tokens "

@@ -29,6 +29,7 @@ from lowkey.policies.oracle import Oracle
 from lowkey.policies.random import Random
 from lowkey.policies.razor import Razor
 from lowkey.policies.rkv import RKV
+from lowkey.policies.smallkv import SmallKV, SmallKVTokens
 from lowkey.policies.snapkv import SnapKV
 from lowkey.policies.streaming import StreamingLLM
 from lowkey.policies.think import ThinK
@@ -55,6 +56,8 @@ SCORES: dict[str, type[Policy]] = {
     "dropkv": DropKV,
     "triattention": TriAttention,
     "zipvl": ZipVL,
+    "smallkv": SmallKV,
+    "smallkv-tokens": SmallKVTokens,
     "random": Random,
     "oracle": Oracle,
 }
@@ -95,6 +98,8 @@ __all__ = [
     "Policy",
     "Random",
     "Razor",
+    "SmallKV",
+    "SmallKVTokens",
     "SnapKV",
     "StreamingLLM",
     "ThinK",

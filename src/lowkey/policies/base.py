@@ -72,6 +72,8 @@ class EvictionContext:
         transient: how many of the newest tokens only score the others and are then forgotten.
         layer: which of the cache's evicting layers this is.
         gates: what the policy has learnt of this layer; see `Policy.learns`.
+        small: (b, h, g, n), given where a small model reads along: what the head that is matched with each
+            query head attended to, summed over queries, at every position up to now.
     """
 
     keys: Tensor
@@ -90,6 +92,7 @@ class EvictionContext:
     transient: int = 0
     layer: int = 0
     gates: Mapping[str, Tensor] = field(default_factory=dict)
+    small: Tensor | None = None
 
     def newest_query_positions(self, last: int = 0) -> Tensor:
         """Positions of the newest queries of each row.
@@ -226,6 +229,8 @@ class Policy(ABC):
     sees_answer: ClassVar[bool] = False
     # What it needs that was learnt from one model: a method of `lowkey gates`, or empty.
     learns: ClassVar[str] = ""
+    # Whether a small model has to read every token before the model does, see `lowkey.make_cache(small=...)`.
+    reads_along: ClassVar[bool] = False
     # Whether that layer drops channels of the keys that it keeps.
     prunes_channels: ClassVar[bool] = False
     # Whether a token that was kept stays kept at later evictions, as long as there is no budget.

@@ -64,11 +64,11 @@ class AttentionRecordingLayer(StoringLayer):
             self.weights = call.query.new_empty(*call.query.shape[:3], 0, dtype=torch.float32)
         # without padding and soft cap, which torch's fused kernel does not know
         if call.mask is None and call.softcap is None and 1 < keys.shape[2] == self.seen:
-            return _attend_to_prompt(keys, values, call)
+            return attend_to_prompt(keys, values, call)
         return grouped.attend([segment], call.scaling, call.softcap)
 
 
-def _attend_to_prompt(keys: Tensor, values: Tensor, call: Call) -> Tensor:
+def attend_to_prompt(keys: Tensor, values: Tensor, call: Call) -> Tensor:
     """Causal attention of a whole prompt without padding, by torch's fused kernel."""
     g = call.query.shape[2]
     out = F.scaled_dot_product_attention(

@@ -31,6 +31,7 @@ from lowkey.storage.candidate_layer import CandidateLayer
 from lowkey.storage.chunk import visible_in_chunk
 from lowkey.storage.codec import Codec, Plain
 from lowkey.storage.exact import Exact, SinkPoints
+from lowkey.storage.observed import Observed
 from lowkey.storage.packing import Packing
 from lowkey.storage.rollback import Snapshot, storage_bytes
 from lowkey.storage.sparse_prefill import attend_to_important
@@ -59,6 +60,7 @@ class EvictingLayer(CandidateLayer):
         frozen: whether eviction is switched off.
         expected_tokens: tokens that will be given again after an eviction, for which the budget keeps room.
         gates: what the policy has learnt of this layer.
+        observed: the attention of a small model that reads along, for layers that it guides.
         prompt_slots: slots that were seen before the first step of decoding.
         empty_call: the last call, without queries, for evictions that score nothing new.
         kept_of_chunk: within a call that answers important tokens alone, (b, t), which tokens are; else None.
@@ -68,6 +70,7 @@ class EvictingLayer(CandidateLayer):
 
     gates: Mapping[str, Tensor] = MappingProxyType({})
     kept_of_chunk: Tensor | None = None
+    observed: Observed = Observed()
 
     def __init__(
         self,
@@ -365,7 +368,12 @@ class EvictingLayer(CandidateLayer):
         if self.frozen:
             self._remember(candidates)
         else:
-            self.cache_eviction.add(self, replace(candidates, latents=latents), scores)
+            candidates = replace(candidates, latents=latents)
+            self.cache_eviction.add(self, candidates, self._scores_of_all(scores))
+
+    def _scores_of_all(self, scores: Tensor) -> Tensor:
+        """Scores (b, R, s) of candidates, and behind them those of what else may stay; here there is none."""
+        return scores
 
     def _scored(
         self,

@@ -23,7 +23,7 @@ from lowkey.policies import POLICIES
 from lowkey.storage.budgets import EvictionCosts
 from lowkey.storage.exact import Exact
 
-FED = [name for name in POLICIES if name not in ("kvzip", "oracle")]
+FED = [name for name in POLICIES if name not in pico.UNFED]
 ALLOCATORS = ["uniform", "pyramid", "ada", "global", "blocks", "headkv", "classes"]
 
 

@@ -15,7 +15,7 @@ from lowkey.core.types import LAYOUTS, LowkeyError
 from lowkey.policies import POLICIES, SnapKV, policy_to_dict
 
 ALLOCATORS = ["uniform", "pyramid", "ada", "global", "blocks"]
-FED = [name for name in POLICIES if name not in ("kvzip", "oracle")]  # it wants lowkey.prefill
+FED = [name for name in POLICIES if name not in pico.UNFED]
 
 
 def close(a, b, tolerance=2e-5):
