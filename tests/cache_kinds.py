@@ -48,6 +48,7 @@ def merged(model, **fields):
 
 
 FED = [name for name in POLICIES if name not in ("oracle", *pico.SMALL)]
+REREAD = ("kvzip", "plan-kvzip", "attention-matching")  # they want lowkey.prefill, and no second turn
 KINDS = {
     "stock": lambda m: make_cache(m),
     **{f"bits-{b}": partial(lambda b, m: make_cache(m, bits=b), b) for b in (8, 2, "kivi4", "hadamard4")},
@@ -61,7 +62,9 @@ KINDS = {
     "rule": lambda m: make_cache(m, bits=8, exact=Exact(4, 8, rule=rule(m))),
     **{name: partial(lambda n, m: scored(m, None, n), name) for name in FED},
     **{
-        f"plan-{n}": partial(lambda n, m: scored(m, planned(m), n), n) for n in FED if n != "think"
+        f"plan-{n}": partial(lambda n, m: scored(m, planned(m), n), n)
+        for n in FED
+        if n not in ("think", "attention-matching")
     },  # it takes no plan
     # rank x heads x tokens x bits
     "snapkv-kivi2": lambda m: make_cache(m, policy=evicting("snapkv"), bits="kivi2", exact=SMALL_WINDOW),
@@ -88,6 +91,13 @@ KINDS = {
         m, merged(m, layout="pre_rope"), evicting("h2o", rest="int4"), bits=8, exact=SMALL_WINDOW
     ),
     "mixed-every": lambda m: make_cache(m, policy=evicting("h2o", every=3, rest="kivi4")),
+    "every-matching": lambda m: make_cache(
+        m,
+        policy=evicting("attention-matching", queries="prompt", every=3, allocator="global", ridge=1.0),
+    ),
+    "matching": lambda m: make_cache(
+        m, policy=evicting("attention-matching", queries="prompt", references=8), exact=SMALL_WINDOW
+    ),
     "think-global": lambda m: make_cache(m, policy=evicting("think", allocator="global")),
     "dynamic": lambda m: make_cache(
         m, make_plan("gemma2" if m.config.model_type == "gemma2" else "llama", "post_rope")

@@ -56,6 +56,7 @@ LIMITS = {
 
 NOT_PLAIN = {  # kinds whose third step looks at values, and why
     "every-global": "evicts in the third step",
+    "every-matching": "evicts in the third step",
     "every-hadamard4": "evicts in the third step",
     "mixed-every": "evicts in the third step",
 }

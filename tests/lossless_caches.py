@@ -39,6 +39,9 @@ def cache_of(kind, model):
             model, dataclasses.replace(whole_rank(model), heads=HEADS), POLICIES["razor"]("100%")
         ),
         "h2o": lambda: make_cache(model, policy=POLICIES["h2o"]("100%")),
+        "matching": lambda: make_cache(
+            model, policy=POLICIES["attention-matching"]("100%", queries="prompt")
+        ),
     }
     return made[kind]()
 
@@ -57,6 +60,7 @@ KINDS = [
     "think",
     "razor",
     "h2o",
+    "matching",
 ]
 NOISE = {"int8": 0.2, "kivi8": 0.2, "kivi8-plan": 0.2, "hadamard8": 0.2}
 

@@ -63,7 +63,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
 NAMES = [*families.FAMILIES, *VARIANTS]
 SMALL = ("smallkv", "smallkv-tokens")  # policies that have a small model read along
 # policies that a call of the model alone does not serve: a second pass, the right answer, a small model
-UNFED = ("kvzip", "oracle", *SMALL)
+UNFED = ("kvzip", "attention-matching", "oracle", *SMALL)
 
 
 def build(name: str, **overrides: object) -> PreTrainedModel:

@@ -7,6 +7,7 @@ import math
 import torch
 from policy_contexts import DIM, HEADS, SMALL
 
+from lowkey.policies.attention_matching import AttentionMatching
 from lowkey.policies.curdkv import CurDKV
 from lowkey.policies.dropkv import DropKV
 from lowkey.policies.expected import ExpectedAttention
@@ -385,6 +386,16 @@ def by_curdkv(policy, context):
     return each(context, score)
 
 
+def by_matching(policy, context):
+    """Attention Matching: the root of the mean squared attention of all queries."""
+
+    def score(i, j):
+        weights, real = attention(context, i, j, 10**6)
+        return ((weights**2).sum((0, 1)) / (max(real, 1) * len(weights))).sqrt()
+
+    return each(context, score)
+
+
 def by_knorm(policy, context):
     """The negative norm of the key."""
     return each(
@@ -459,6 +470,7 @@ CASES = {
     "zipvl many probes": (ZipVL(**SMALL, newest_probes=0.2, random_probes=0.4, seed=3), by_probes),
     "zipvl causal": (ZipVL(**SMALL, newest_probes=0.0, random_probes=0.3, divisor="causal"), by_probes),
     "zipvl all": (ZipVL(**SMALL, newest_probes=1.0, random_probes=1.0), by_probes),
+    "attention-matching": (AttentionMatching(**SMALL, queries="prompt"), by_matching),
     "random": (Random(**SMALL), by_chance),
     "random seeded": (Random(**SMALL, seed=2**31 - 1), by_chance),
     "streamingllm": (StreamingLLM(**SMALL), by_position),

@@ -18,6 +18,7 @@ FEW = [
     "plan-exact",
     "snapkv",
     "kvzip",
+    "attention-matching",
     "every-global",
     "merged-snapkv-kivi4",
     "dynamic",

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from cache_kinds import KINDS, SLIDING, agree, can_be_saved
+from cache_kinds import KINDS, REREAD, SLIDING, agree, can_be_saved
 from failing_calls import FAILURES, NOT_REFUSED, same, state
 from pico import attached, feed, prompt
 
@@ -29,9 +29,7 @@ EVENTS = [
 # of any length and number of rows
 FITTING = {name: failure for name, failure in FAILURES.items() if "mask" not in name}
 FEW = ["bits-8", "plan-kivi", "rule", "snapkv", "every-global", "plan-razor", "think", "dynamic"]
-CASES = [(kind, "llama") for kind in KINDS if kind not in ("kvzip", "plan-kvzip")] + [
-    (kind, "gemma2") for kind in SLIDING
-]
+CASES = [(kind, "llama") for kind in KINDS if kind not in REREAD] + [(kind, "gemma2") for kind in SLIDING]
 
 
 class Life:

@@ -22,6 +22,7 @@ FEW = [
     "snapkv",
     "h2o",
     "think",
+    "matching",
     "merged-snapkv-kivi4",
     "dynamic",
 ]

@@ -10,7 +10,7 @@ import pytest
 import reach
 import torch
 import variants
-from cache_kinds import CASES, KINDS, agree, can_be_saved, feed
+from cache_kinds import CASES, KINDS, REREAD, agree, can_be_saved, feed
 from pico import attached, prompt
 
 import lowkey
@@ -62,7 +62,7 @@ def test_reported_bytes_are_those_kept_alive(kind, name, tmp_path):
     twin = copy.deepcopy(cache)
     assert agree(twin, "copied") == cache.nbytes()
     assert not set(reach.storages(twin, reach.MAPS)) & set(reach.storages(cache, reach.MAPS))
-    if kind not in ("kvzip", "plan-kvzip"):  # they want another call for a second turn
+    if kind not in REREAD:  # they want another call for a second turn
         feed(model, cache, prompt(7, batch=1, seed=1))
     agree(cache, "after a second turn")
     assert (
@@ -80,7 +80,7 @@ def test_bytes_are_right_during_and_after_an_interrupt(kind, name):
     """
     model = attached(name)
     cache = KINDS[kind](model)
-    if kind not in ("kvzip", "plan-kvzip"):
+    if kind not in REREAD:
         interrupted(model, cache, prompt(LENGTH, batch=1))
         agree(cache, "interrupted prompt")
         assert cache.get_seq_length() == 0 and agree(cache, "undone") == 0

@@ -40,6 +40,7 @@ STORED = (
         "rule",
         "snapkv",
         "think",
+        "matching",
     ),
     *("plan-h2o", "snapkv-kivi2", "merged-pre-global-8", "every-hadamard4", "every-global", "dynamic-pre"),
 )

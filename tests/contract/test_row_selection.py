@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cache_kinds import CASES, KINDS, agree, evicting
+from cache_kinds import CASES, KINDS, REREAD, agree, evicting
 from pico import attached, feed, generate, prompt, stock
 
 from lowkey import LowkeyError, make_cache
 from lowkey.policies import SnapKV
 
 PADS = [5, 0]
-CASES = [(kind, name) for kind, name in CASES if kind not in ("kvzip", "plan-kvzip")]
+CASES = [(kind, name) for kind, name in CASES if kind not in REREAD]
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)

@@ -15,7 +15,7 @@ from lowkey.catalog import make_policy
 from lowkey.core.types import LowkeyError
 from lowkey.storage.exact import Exact
 
-MADE = {name: KINDS[name] for name in ("snapkv", "razor", "h2o", "every", "stock")} | {
+MADE = {name: KINDS[name] for name in ("snapkv", "razor", "h2o", "every", "every-matching", "stock")} | {
     "think": lambda m: lowkey.make_cache(
         m, policy=make_policy("think", "40%", {"recent": "4", "looked": "8"})
     ),
@@ -47,6 +47,13 @@ def narrowed(name, dim=-1):
     def change(tensors):
         t = tensors[f"1.{name}"]
         tensors[f"1.{name}"] = t.narrow(dim, 0, t.shape[dim] - 1).contiguous()
+
+    return change
+
+
+def replaced(name, t):
+    def change(tensors):
+        tensors[f"1.{name}"] = t
 
     return change
 
@@ -131,6 +138,15 @@ BROKEN = [
     ("razor", put("dropped", (0, 0, 0), -1), "less than nothing dropped"),
     ("razor", narrowed("mean_k"), "mean_k is of shape"),
     ("razor", narrowed("mean_v", 1), "mean_v is of shape"),
+    ("every-matching", narrowed("rows_keys"), "rows_keys is of shape"),  # without the channel of biases
+    ("every-matching", put("rows_keys", (0, 0, -1), torch.inf), "NaN or infinite"),
+    ("every-matching", replaced("reference_real", torch.ones(3).bool()), "it asks by no queries"),
+    (
+        "every-matching",
+        replaced("reference_queries", torch.ones(1, 4, 2, 3, 9)),
+        "reference_queries is of shape",
+    ),
+    ("every-matching", replaced("reference_queries", torch.ones(1, 4, 2, 3, 16)), "reference_real is of"),
     ("think", flipped("channels"), "channels are not those of a key, ascending"),
     ("think", put("channels", (0, 0, 0, -1), 16), "channels are not those of a key, ascending"),
     ("think", put("channels", (0, 0, 0, 0), -1), "channels are not those of a key, ascending"),

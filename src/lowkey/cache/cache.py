@@ -37,6 +37,7 @@ from lowkey.storage.compensating import CompensatingLayer
 from lowkey.storage.evicting import EvictingLayer
 from lowkey.storage.exact import DEFAULT_WINDOW, NO_EXACT_TOKENS, Exact
 from lowkey.storage.guided import GuidedLayer
+from lowkey.storage.matching import MatchingLayer
 from lowkey.storage.mixed import MixedLayer
 from lowkey.storage.observed import Observed, ObservedLayer
 from lowkey.storage.packing import Scheme, scheme_or_none
@@ -52,6 +53,7 @@ EVICTING_LAYERS: dict[str, type[EvictingLayer]] = {
     "mixed": MixedLayer,
     "guided": GuidedLayer,
     "value-rows": ValueRowsLayer,
+    "matching": MatchingLayer,
 }
 # attributes of layers that never change, so that copies of a cache share them
 SHARED_BY_COPIES = (

@@ -62,6 +62,8 @@ def held_bytes(plan: Plan, tokens: int, itemsize: int, latents: float = 1.0) -> 
         return tokens * whole.full_token_bytes  # transformers' own layers
     exact, layers = Exact(plan.sinks, recent), _layers(plan, tokens, itemsize, latents)
     if policy is not None:
+        if policy.holds_biases:  # one more channel of every stored key
+            layers = tuple(replace(x, sizes=(x.sizes[0] + itemsize, *x.sizes[1:])) for x in layers)
         rest = (
             None
             if policy.rest == "drop"

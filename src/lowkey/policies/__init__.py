@@ -14,6 +14,7 @@ from typing import Any
 
 from lowkey.core.errors import LowkeyError
 from lowkey.policies.allocators import TOKEN_ALLOCATORS, HeadKV
+from lowkey.policies.attention_matching import AttentionMatching
 from lowkey.policies.base import Policy
 from lowkey.policies.curdkv import CurDKV
 from lowkey.policies.dropkv import DropKV
@@ -58,6 +59,7 @@ SCORES: dict[str, type[Policy]] = {
     "zipvl": ZipVL,
     "smallkv": SmallKV,
     "smallkv-tokens": SmallKVTokens,
+    "attention-matching": AttentionMatching,
     "random": Random,
     "oracle": Oracle,
 }
@@ -73,6 +75,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "kv-compress": partial(KVCompress, allocator="blocks"),
     "kvzip": partial(KVzip, allocator="global"),
     "fast-kvzip": partial(FastKVzip, allocator="global"),
+    "attention-matching": partial(AttentionMatching, allocator="global"),
     "razor": partial(Razor, allocator="classes"),
 }
 
@@ -84,6 +87,7 @@ __all__ = [
     "RKV",
     "SCORES",
     "TOVA",
+    "AttentionMatching",
     "CurDKV",
     "DropKV",
     "ExpectedAttention",

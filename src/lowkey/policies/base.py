@@ -235,6 +235,8 @@ class Policy(ABC):
     prunes_channels: ClassVar[bool] = False
     # Whether a token that was kept stays kept at later evictions, as long as there is no budget.
     keeps_for_good: ClassVar[bool] = False
+    # Whether that layer holds a bias beside every stored key, in one more channel.
+    holds_biases: ClassVar[bool] = False
     # In words, what it does to keys that neither a plan nor integers allow; empty if any stored form will do.
     needs_whole_keys: ClassVar[str] = ""
 

@@ -333,9 +333,7 @@ class EvictingLayer(CandidateLayer):
             repetition_lse: (b, h, g, t), with a repeated span; see `EvictionContext`.
         """
         tokens = self.tokens_seen()
-        # not a slice of the queries, which would keep all of them alive
-        no_query = call.query.new_empty(*call.query.shape[:3], 0, call.query.shape[4])
-        self.empty_call = Call(no_query, None, None, call.scaling, call.softcap)
+        self._note_empty_call(call)
         if self._scores_decide_nothing(tokens):
             self._forget_transient()
             self.recorded_queries = self.recorded_queries.new_empty(0)
@@ -390,6 +388,12 @@ class EvictingLayer(CandidateLayer):
         scores, mass = self.policy.score_and_mass(context)
         weighs = mass is not None and self.policy.resolved_allocator().weighs
         return self._pooled(scores), self._pooled(mass) if mass is not None and weighs else None
+
+    def _note_empty_call(self, call: Call) -> None:
+        """Remember a call without its queries, for evictions that score nothing new."""
+        # not a slice of the queries, which would keep all of them alive
+        no_query = call.query.new_empty(*call.query.shape[:3], 0, call.query.shape[4])
+        self.empty_call = Call(no_query, None, None, call.scaling, call.softcap)
 
     def _pooled(self, scores: Tensor) -> Tensor:
         """Scores (b, h, s) of KV heads in the model's order -> scores (b, R, s) of rows."""

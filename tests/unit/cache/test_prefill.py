@@ -20,6 +20,8 @@ PADS, LENGTH = [31, 0, 12], 60
 CASES = [
     ("kvzip", 0),
     ("kvzip", 3),
+    ("attention-matching", 0),
+    ("attention-matching", 3),
     ("snapkv", 0),
     ("snapkv", 5),
     ("h2o", 5),
@@ -32,9 +34,8 @@ CASES = [
 def policy(name, budget="35%", **options):
     if name == "razor-uniform":
         return POLICIES["razor"](budget, sinks=2, recent=3, allocator="uniform")
-    return POLICIES[name](
-        budget, sinks=2, recent=3, **({"chunk": 25, "bridge": 4} if name == "kvzip" else {}), **options
-    )
+    pieces = {"chunk": 25, "bridge": 4} if name in ("kvzip", "attention-matching") else {}
+    return POLICIES[name](budget, sinks=2, recent=3, **pieces, **options)
 
 
 def filled(name, ids, question, mask=None):

@@ -45,7 +45,7 @@ def read(model, own, tokens):
     """What a cache holds after a prompt of so many tokens; None if it refuses the budget."""
     cache, ids = lowkey.make_cache(model, own), prompt(tokens, batch=1)
     try:
-        if own.policy and own.policy["name"] == "kvzip":
+        if own.policy and own.policy["name"] in ("kvzip", "attention-matching"):
             lowkey.prefill(model, pico.tokenizer(), cache, ids)
         else:
             feed(model, ids, cache)
@@ -129,6 +129,19 @@ def test_dropped_channels_are_counted(budget, window):
     model = attached("llama")
     for options in ({}, {"channels": "0.31", "recent": "40"}):
         own = on_all_axes(model, "whole", None, ("think", budget, options), window)
+        for tokens in LENGTHS:
+            known, said = both(model, own, tokens)
+            assert known == said, (options, tokens)
+
+
+@pytest.mark.parametrize("budget", ["40%", "100%", "60 tokens", "100 KiB"])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_biases_are_counted(budget, window):
+    model = attached("llama")
+    for options in ({}, {"queries": "prompt"}):
+        own = on_all_axes(model, "whole", None, ("attention-matching", budget, options), window)
+        if options:
+            own = replace(own, policy=policy_to_dict(make_policy("attention-matching", budget, options)))
         for tokens in LENGTHS:
             known, said = both(model, own, tokens)
             assert known == said, (options, tokens)

@@ -80,7 +80,7 @@ def test_a_share_of_the_rank(name, bits):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in POLICIES if name not in ("think", "kv-compress", "oracle", *pico.SMALL)]
+    "name", [name for name in POLICIES if name not in ("think", "kv-compress", *pico.UNFED)] + ["kvzip"]
 )
 @pytest.mark.parametrize("budget", ["25%", "40 tokens"])
 def test_every_policy_with_a_budget(name, budget):
