@@ -24,7 +24,9 @@ class Biased(Plain):
         """Keys with a channel of zeros, and values."""
         return torch.cat([keys, keys.new_zeros(*keys.shape[:-1], 1)], -1), values
 
-    def project_query(self, query: Tensor, at: Tensor) -> tuple[Tensor, Tensor | None]:
+    def project_query(
+        self, query: Tensor, at: Tensor, into: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The queries with a channel of ones."""
         return with_ones(query), None
 
@@ -37,10 +39,6 @@ class Biased(Plain):
     ) -> Segment:
         """A segment of dense tokens, which never have a bias."""
         return Segment(query, keys[..., :-1], values)
-
-    def expand_output(self, out: Tensor, share: Tensor | None = None) -> Tensor:
-        """The outputs, unchanged."""
-        return out
 
     def to_match(self, states: Tensor) -> Biased:
         """This codec: it has no tensors."""

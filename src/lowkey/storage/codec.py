@@ -63,11 +63,12 @@ class Codec(Protocol):
         """Whether queries can be brought to the stored keys, so that no key has to be rebuilt."""
         ...
 
-    def step_maps(self) -> tuple[Tensor, Tensor]:
+    def step_maps(self) -> tuple[Tensor, Tensor] | None:
         """The maps of queries into the basis of stored keys and of sums of values into that of the model.
 
         Returns:
             (h|1, d, r_K) and (h|1, r_V, d). A mean of keys is one more column, a mean of values one more row.
+            None if neither takes a product.
         """
         ...
 
@@ -194,9 +195,9 @@ class Plain:
         """True: stored keys are the model's own."""
         return True
 
-    def step_maps(self) -> tuple[Tensor, Tensor]:
-        """Not defined: queries and outputs are in the model's basis."""
-        raise NotImplementedError
+    def step_maps(self) -> tuple[Tensor, Tensor] | None:
+        """None: queries and outputs are in the model's basis."""
+        return None
 
     def project_query(
         self, query: Tensor, at: Tensor, into: Tensor | None = None
