@@ -20,7 +20,9 @@ class Biased(Plain):
     stored without a bias (0); a layer may give one to tokens in rows.
     """
 
-    def encode(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, keys: Tensor, values: Tensor, positions: Tensor, turn: tuple[Tensor, ...] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Keys with a channel of zeros, and values."""
         return torch.cat([keys, keys.new_zeros(*keys.shape[:-1], 1)], -1), values
 
