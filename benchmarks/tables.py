@@ -386,8 +386,6 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "smollm2-policies": questions_table,
     "smollm2-controls-25": partial(controls_table, "after", "25%"),
     "smollm2-controls-10": partial(controls_table, "after", "10%"),
-    "smollm2-controls-with-25": partial(controls_table, "with", "25%"),
-    "smollm2-controls-with-10": partial(controls_table, "with", "10%"),
     "smollm2-plan": partial(planner_table, "smollm2/plan"),
     "smollm2-plan-frontier": partial(frontier_table, "smollm2/plan", "12.5%"),
     "smollm2-steps": partial(steps_table, "amd-epyc-2-cores"),
