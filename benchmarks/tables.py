@@ -229,6 +229,32 @@ def controls_table(protocol: str, budget: str) -> list[str]:
     return table(head, lines)
 
 
+def gate_recall_table(model: str) -> list[str]:
+    """Fast KVzip, its gates trained on texts with facts and without, beside its teacher and controls."""
+    rows = [row for row in rows_of(f"{model}/gates-facts") if row["row"] != "full"]
+    named = [(f"{row['row']}, facts" if row["row"] == "fast-kvzip" else row["row"], row) for row in rows]
+    others = [row for row in rows_of(f"{model}/gates-novel") if row["row"] == "fast-kvzip"]
+    named += [("fast-kvzip, the novel alone", row) for row in others]
+    lines = [
+        [row["budget"], name, f"{100 * row['bytes']:.1f} %", f"{row['right']:.3f}", f"{row['nats']:.2f}"]
+        for name, row in sorted(named, key=lambda pair: (-float(pair[1]["budget"][:-1]), -pair[1]["right"]))
+    ]
+    return table(["kept", "policy", "bytes", "recall", "nats of the answer"], lines)
+
+
+def gate_ranks_table(model: str) -> list[str]:
+    """How well each score orders tokens as KVzip does, and how much of an asked value it keeps."""
+    rows = rows_of(f"{model}/gates")
+    values = {row["of"]: f"{100 * row['kept']:.0f} %" for row in rows if row["part"] == "kept"}
+    lines = [["kvzip", "1", "1", values["kvzip"]]]
+    lines += [
+        [row["of"], f"{row['per_head']:.2f}", f"{row['all_heads']:.2f}", values.get(row["of"], "")]
+        for row in rows
+        if row["part"] == "rank"
+    ]
+    return table(["score", "rank within a head", "rank over all heads", "of a value, kept at 30 %"], lines)
+
+
 def frontier_table(name: str, keep: str) -> list[str]:
     """All rows of the first draw at one budget, the best KL first."""
     rows = [row for row in rows_of(name) if (row["keep"], row["draw"]) == (keep, 0)]
@@ -400,6 +426,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "tiny-heads": partial(heads_table, "tiny-heads"),
     "tiny-heads-norefeed": partial(heads_table, "tiny-heads-norefeed"),
     "decode": decode_table,
+    "gates-recall-tiny": partial(gate_recall_table, "tiny"),
+    "gates-ranks-tiny": partial(gate_ranks_table, "tiny"),
     "scale-Llama-3.1-8B": partial(scale_table, "Llama-3.1-8B"),
     "scale-Qwen3-32B": partial(scale_table, "Qwen3-32B"),
     "scale-DeepSeek-V3": partial(scale_table, "DeepSeek-V3"),
