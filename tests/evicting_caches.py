@@ -8,13 +8,14 @@ from pico import attached
 import lowkey
 from lowkey.cache.cache import EVICTING_LAYERS, cache_of
 from lowkey.catalog import make_policy
+from lowkey.heads.scores import BY_KIND
 from lowkey.models import families
 from lowkey.storage.cache_wide_eviction import CacheWideEviction
 from lowkey.storage.codec import LowRank
 
 PADS = [7, 0]
 LENGTH = 120
-HEADS = {kind: [[1.0, 2.0, 0.0, 5.0]] * 3 for kind in ("copy", "r2", "er", "mass", "induction", "echo")}
+HEADS = {kind: [[1.0, 2.0, 0.0, 5.0]] * 3 for kind in BY_KIND}
 
 
 def evicting_cache(model, policy, layout=None, ranks=(pico.HEAD_DIM, pico.HEAD_DIM)):

@@ -40,6 +40,11 @@ def test_heads_replaces_a_file_only_when_told_to(here):
     ("words", "says"),
     [
         (("--kind", "r3"), "kind 'r3' is unknown"),
+        (("--kind", "r2", "-O", "steps=3"), "option 'steps': kind 'r2' has none"),
+        (("--kind", "reward", "-O", "stops=3"), "did you mean 'steps'?"),
+        (("--kind", "reward", "-O", "tau=2"), "tau"),
+        (("--kind", "distilled", "--task", "facts"), "kind 'distilled' is learnt from chains"),
+        (("--kind", "ablation", "--cases", 10), "of 10 cases were answered right in 4 samples"),
         (("--task", "riddle"), "task 'riddle' is unknown"),
         (("--cases", 3), "cases 3"),
         (("--context", 99999), "context 99999: the model reads 1280 tokens at most"),

@@ -31,6 +31,7 @@ RECALL_FORMS: dict[str, str] = COLLECTED["recall_forms"]  # name: how it asks
 USUAL_RECALL_FORM: str = COLLECTED["usual_recall_form"]
 HEAD_KINDS = tuple(COLLECTED["head_kinds"])  # scores of heads on needle tasks
 ECHO_KINDS = tuple(COLLECTED["echo_kinds"])  # scores of heads on random tokens
+CHAIN_KINDS = tuple(COLLECTED["chain_kinds"])  # scores of heads that are learnt from chains
 GATES = tuple(COLLECTED["gates"])  # what policies learn of a model
 NEEDLE_TASKS = tuple(COLLECTED["needle_tasks"])
 ATTENTION_KINDS = tuple(COLLECTED["attention_kinds"])  # of a recipe

@@ -20,7 +20,7 @@ from lowkey.evaluate.recall import FORMS, USUAL_FORM
 from lowkey.evaluate.result import TASKS, USUAL_TASKS, Task
 from lowkey.evaluate.step_bench import STOCK_SETTING, StepTiming
 from lowkey.export import FORMATS
-from lowkey.heads import GATES
+from lowkey.heads import CHAIN_KINDS, GATES
 from lowkey.heads.diversity import Compared
 from lowkey.heads.induction import ECHOES
 from lowkey.heads.needles import NEEDLE_TASKS, Drawing
@@ -59,6 +59,7 @@ def collected() -> dict[str, Any]:
         "usual_recall_form": USUAL_FORM,
         "head_kinds": list(SCORE_KINDS),
         "echo_kinds": list(ECHOES),
+        "chain_kinds": list(CHAIN_KINDS),
         "gates": list(GATES),
         "needle_tasks": list(NEEDLE_TASKS),
         "attention_kinds": list(ATTENTION_KINDS),

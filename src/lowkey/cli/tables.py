@@ -199,10 +199,9 @@ def show_heads(found: HeadScores, place: Path, asked: int) -> None:
     for layer, head, share in found.top():
         table.add_row(str(layer), str(head), f"{100 * share:.1f}%")
     screen.print(table)
-    say(
-        f"{place}: {found.accepted} of {asked} cases right, split-half correlation {told['split_half']:.2f}, "
-        f"{told['zero_heads']:.0%} zero"
-    )
+    solved = found.settings.get("cases", found.accepted)  # what is learnt has one value for all cases
+    halves = f", split-half correlation {told['split_half']:.2f}" if found.accepted > 1 else ""
+    say(f"{place}: {solved} of {asked} cases right{halves}, {told['zero_heads']:.0%} zero")
 
 
 def show_sinks(found: dict) -> None:

@@ -18,7 +18,7 @@ from lowkey.models import families
 from lowkey.models.fingerprint import check_model
 
 HEADS_FORMAT, HEADS_FILE = 1, "head-scores"
-BY_KIND = ("copy", "r2", "er", "mass", "induction", "echo")
+BY_KIND = ("copy", "r2", "er", "mass", "induction", "echo", "reward", "distilled", "ablation")
 # Kinds for which a KV head gets the score of the best query head of its group, and not their mean.
 BY_BEST = ("induction", "echo")
 SPLITS = 10  # random splits of the cases into halves

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from lowkey.core.errors import LowkeyError
-from lowkey.policies.allocators import TOKEN_ALLOCATORS, HeadKV
+from lowkey.policies.allocators import TOKEN_ALLOCATORS, FullHeads, HeadKV
 from lowkey.policies.attention_matching import AttentionMatching
 from lowkey.policies.base import Policy
 from lowkey.policies.curdkv import CurDKV
@@ -77,6 +77,8 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "fast-kvzip": partial(FastKVzip, allocator="global"),
     "attention-matching": partial(AttentionMatching, allocator="global"),
     "razor": partial(Razor, allocator="classes"),
+    "rlkv": partial(StreamingLLM, allocator=FullHeads("reward")),
+    "duoattention": partial(StreamingLLM, allocator=FullHeads("distilled")),
 }
 
 PLANNED = "snapkv"  # the policy that the planner tries: no second pass, and no head scores
@@ -93,6 +95,7 @@ __all__ = [
     "ExpectedAttention",
     "FastGen",
     "FastKVzip",
+    "FullHeads",
     "HeadKV",
     "KVCompress",
     "KVzip",

@@ -292,6 +292,47 @@ class Classes(PlannedCounts):
 
 
 @dataclass(frozen=True)
+class FullHeads(PlannedCounts):
+    """RLKV and DuoAttention: in the order of their gates heads hold all tokens, and the rest hold the sinks
+    and recent tokens alone.
+
+    The budget says how many heads hold everything. One head may hold a part: what is left over.
+
+    Args:
+        kind: kind of head scores that is taken from a plan or from a file: `reward` (RLKV), `distilled`
+            (DuoAttention), `ablation`, or any other (default `reward`).
+        importance: scores per layer and KV head, given directly (default: none). Of equal heads the lower
+            layer, and then the lower head, comes first.
+
+    Source: arXiv:2510.08525 and arXiv:2410.10819. Where we differ: there a share of the heads is given, and
+    memory follows.
+    """
+
+    summary: ClassVar[str] = "heads of the highest gates hold all tokens (arXiv:2510.08525)"
+
+    kind: str = option("reward", any_text=True)
+    importance: tuple[tuple[float, ...], ...] = option((), at_least=0)
+
+    def with_head_scores(self, heads: HeadImportance) -> Self:
+        """A copy with the scores of `kind`; see `TokenAllocator.with_head_scores`."""
+        if self.importance:
+            return self
+        (scores,) = _scores_of_kinds((self.kind,), heads, "full-heads")
+        return replace(self, importance=scores)
+
+    def planned(self, known: KnownBefore) -> Tensor:
+        """Counts (layers, h): all tokens, a rest, or the protected ones; see `TokenAllocator.planned`."""
+        gates = _checked_importance(self.importance, known, (self.kind,)).flatten()
+        room = max(0, known.tokens_seen - known.protected)  # what a whole head takes beyond its window
+        whole = round(min(known.mean_tokens, known.tokens_seen) * len(gates))
+        free = max(0, whole - min(known.protected, known.tokens_seen) * len(gates))
+        order = gates.argsort(descending=True, stable=True)
+        given = (free - room * torch.arange(len(gates))).clamp(0, room)
+        counts = torch.full((len(gates),), min(known.protected, known.tokens_seen))
+        return counts.index_add(0, order, given).view(known.layers, known.heads)
+
+
+@dataclass(frozen=True)
 class AtLeast(TokenAllocator):
     """Threshold: every token of a sufficient score is kept, whatever memory that takes. For policies without
     a budget.
@@ -353,6 +394,7 @@ TOKEN_ALLOCATORS: dict[str, type[TokenAllocator]] = {
     "layer-mass": LayerMass,
     "headkv": HeadKV,
     "classes": Classes,
+    "full-heads": FullHeads,
     "at-least": AtLeast,
     "mass-share": MassShare,
 }
