@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import chain_heads
 import decode
 import equal_bytes
 import evidence
@@ -335,6 +336,10 @@ def heads_table(name: str) -> list[str]:
     return head_budgets.table(rows_of(name, "answers")).split("\n")
 
 
+def chain_heads_table(budget: str) -> list[str]:
+    return chain_heads.table(rows_of("chain-heads"), budget).split("\n")
+
+
 def decode_table() -> list[str]:
     measured = [(run, name, row) for run in rows_of("decode") for name, row in run["backends"].items()]
     return table(list(decode.COLUMNS), [decode.cells(*one) for one in measured])
@@ -425,6 +430,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "tiny-policies": policies_table,
     "tiny-heads": partial(heads_table, "tiny-heads"),
     "tiny-heads-norefeed": partial(heads_table, "tiny-heads-norefeed"),
+    "chain-heads-40": partial(chain_heads_table, "40%"),
+    "chain-heads-25": partial(chain_heads_table, "25%"),
     "decode": decode_table,
     "gates-recall-tiny": partial(gate_recall_table, "tiny"),
     "gates-ranks-tiny": partial(gate_ranks_table, "tiny"),
