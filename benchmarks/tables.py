@@ -410,6 +410,40 @@ def scale_cells(row: dict) -> list[str]:
     return [*cells, f"{row['full_step_ms']:.1f}", f"{row['full_tokens_per_second']:,.0f}"]
 
 
+def chunks_table(name: str) -> list[str]:
+    """Rows of `benchmarks/chunk_gate.py`: means over seeds, and their spread."""
+    rows, lines = rows_of(name), []
+    budgets = list(dict.fromkeys(row["budget"] for row in rows))
+    actions = [kind for kind in ("turn", "stop", "report", "straight") if "actions" in rows[0]]
+    for budget in budgets:
+        of_budget = [row for row in rows if row["budget"] == budget]
+        lines_of_budget = []
+        for label in dict.fromkeys(row["setting"] for row in of_budget):
+            own = [row for row in of_budget if row["setting"] == label]
+            means = [statistics.mean(row["kl"]) for row in own]
+            cells = [f"{statistics.mean(means):.4f}", _spread(means)]
+            if actions:
+                cells += [_share([row["actions"][kind] for row in own]) for kind in actions]
+            else:
+                cells.append(_share([[sum(row["right"]), len(row["right"])] for row in own]))
+            kept_rows = statistics.mean(row["kept"] for row in own)
+            lines_of_budget.append((statistics.mean(means), [budget, label, f"{kept_rows:.1f}", *cells]))
+        lines += [cells for _, cells in sorted(lines_of_budget)]
+    head = ["budget", "setting", "rows held", "KL", "between seeds"]
+    return table([*head, *(actions or ["recall"])], lines)
+
+
+def _spread(means: list[float]) -> str:
+    """The smallest and the largest of several means."""
+    return f"{min(means):.4f} to {max(means):.4f}" if len(means) > 1 else "-"
+
+
+def _share(counts: list[list[int]]) -> str:
+    """The share of what is right, over all seeds."""
+    right, of = (sum(x) for x in zip(*counts, strict=True))
+    return f"{right / of:.2f}" if of else "-"
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "headline": headline_table,
     "default-three-models": default_table,
@@ -439,6 +473,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "scale-Qwen3-32B": partial(scale_table, "Qwen3-32B"),
     "scale-DeepSeek-V3": partial(scale_table, "DeepSeek-V3"),
     "scale-kinds": scale_kinds_table,
+    "chunks-tiny": partial(chunks_table, "chunks-tiny"),
+    "chunks-smollm2": partial(chunks_table, "chunks-smollm2"),
+    "chunks-patrol": partial(chunks_table, "chunks-patrol"),
     "pretraining-rates": partial(pretraining_table, SWEEP, "za", 2_048_000),
     "pretraining-1000-steps": partial(pretraining_table, COMPARED, "zb", 2_048_000),
     "pretraining-2000-steps": partial(pretraining_table, COMPARED, "zb", 4_096_000),

@@ -79,6 +79,10 @@ KINDS = {
     "every-hadamard4": lambda m: make_cache(
         m, policy=evicting("h2o", every=3), bits="hadamard4", exact=SMALL_WINDOW
     ),
+    "merged-chunk-8": lambda m: make_cache(m, merged(m), evicting("chunk-mean", chunk=3), bits=8),
+    "chunk-kivi2": lambda m: make_cache(
+        m, policy=evicting("chunk-mean", chunk=3, every=4), bits="kivi2", exact=SMALL_WINDOW
+    ),
     "razor-4": lambda m: make_cache(m, planned(m, layout="pre_rope"), evicting("razor"), bits=4),
     "every": lambda m: make_cache(m, policy=evicting("h2o", every=2)),
     "every-global": lambda m: make_cache(m, policy=evicting("snapkv", every=3, allocator="global")),

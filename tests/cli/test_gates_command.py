@@ -11,7 +11,14 @@ from commands import done, lowkey
 EVAL = ["eval", "tiny", "--budget", "30%", "--windows", "2", "--context", "64", "--task", "perplexity"]
 
 
-@pytest.mark.parametrize(("method", "options"), [("triattention", []), ("fast-kvzip", ["-O", "steps=5"])])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("triattention", []),
+        ("fast-kvzip", ["-O", "steps=5"]),
+        ("chunk-gate", ["-O", "steps=2", "-O", "recent=8", "-O", "continuation=16"]),
+    ],
+)
 def test_gates_are_learnt_and_used(tmp_path, method, options):
     out = tmp_path / "gates"
     sample = ("--windows", "4", "--context", "64")

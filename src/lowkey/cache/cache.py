@@ -41,6 +41,7 @@ from lowkey.storage.matching import MatchingLayer
 from lowkey.storage.mixed import MixedLayer
 from lowkey.storage.observed import Observed, ObservedLayer
 from lowkey.storage.packing import Scheme, scheme_or_none
+from lowkey.storage.pooling import PoolingLayer
 from lowkey.storage.pruning import PruningLayer
 from lowkey.storage.rollback import ForwardPass
 from lowkey.storage.value_rows import ValueRowsLayer
@@ -54,20 +55,12 @@ EVICTING_LAYERS: dict[str, type[EvictingLayer]] = {
     "guided": GuidedLayer,
     "value-rows": ValueRowsLayer,
     "matching": MatchingLayer,
+    "pooling": PoolingLayer,
 }
 # attributes of layers that never change, so that copies of a cache share them
 SHARED_BY_COPIES = (
-    "policy",
-    "rope",
-    "codec",
-    "codecs",
-    "plan_maps",
-    "gate",
-    "exact",
-    "sink_points",
-    "packing",
-    "rest_packing",
-    "gates",
+    *("policy", "rope", "codec", "codecs", "plan_maps", "gate"),
+    *("exact", "sink_points", "packing", "rest_packing", "gates"),
 )
 CountedLayer = StoringLayer | StockLayer | StockSlidingLayer
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from lowkey.heads.chunk_gate import ChunkGateTraining, train_chunk_gate
 from lowkey.heads.fast_kvzip import FastKVzipTraining, train_fast_kvzip
 from lowkey.heads.query_centres import estimate_query_centres
 from lowkey.heads.rivals import (
@@ -24,6 +25,7 @@ from lowkey.heads.rivals import (
 )
 from lowkey.heads.rlkv import REWARD, RewardTraining, train_by_reward
 from lowkey.heads.scores import HeadScores
+from lowkey.policies.chunks import ChunkGate
 from lowkey.policies.fast_kvzip import FastKVzip
 from lowkey.policies.gates import Gates
 from lowkey.policies.triattention import TriAttention
@@ -31,8 +33,12 @@ from lowkey.policies.triattention import TriAttention
 GATES: dict[str, Callable[..., Gates]] = {
     FastKVzip.learns: train_fast_kvzip,
     TriAttention.learns: estimate_query_centres,
+    ChunkGate.learns: train_chunk_gate,
 }
-GATE_TRAININGS: dict[str, Any] = {FastKVzip.learns: FastKVzipTraining}  # options of those that train
+GATE_TRAININGS: dict[str, Any] = {  # options of those that train
+    FastKVzip.learns: FastKVzipTraining,
+    ChunkGate.learns: ChunkGateTraining,
+}
 CHAIN_KINDS: dict[str, Callable[..., HeadScores]] = {  # head scores that are learnt from chains
     REWARD: train_by_reward,
     DISTILLED: train_by_distance,

@@ -23,6 +23,7 @@ INDEX = 8  # bytes of an index
 POSITION, SCORE, SINK_INDEX = 4, 4, 4  # bytes
 CHANNEL, PRUNED_UNTIL, IS_FIRM = 2, 4, 1  # bytes of what a policy that prunes channels remembers
 MEAN = 4  # bytes of a number of the tokens that stand for dropped ones
+CHUNK_COUNT, CHUNK_STATE = 1, 4  # bytes of a chunk's token count, and of a number remembered between chunks
 
 
 def held_bytes(plan: Plan, tokens: int, itemsize: int, latents: float = 1.0) -> int:
@@ -212,7 +213,14 @@ class _Evicted:
             size += INDEX * (self.rows + 1) + IS_FIRM
         if self.rest is not None:
             size += INDEX * (self.rows + 1)
+        if self.policy.pools_chunks:
+            policy: Any = self.policy
+            size += INDEX * (self.rows + 1) + CHUNK_STATE * g["kv_heads"] * policy.state_width
         return size
+
+    def pooled(self, layer: _Layer) -> int:
+        """Bytes of a chunk's row, its position, count and score included; 0 for a policy without them."""
+        return layer.exact + POSITION + CHUNK_COUNT + SCORE if self.policy.pools_chunks else 0
 
     def stays_dense(self) -> bool:
         """Whether all tokens stay where they are; see `EvictingLayer._scores_decide_nothing`."""
@@ -252,7 +260,10 @@ class _Evicted:
 
     def costs(self, lost: int) -> EvictionCosts:
         """The costs of a budget of bytes, as `EvictingLayer` has them."""
-        entries = tuple(layer.stored + self.beside - lost * self.itemsize for layer in self.layers)
+        entries = tuple(
+            max(layer.stored + self.beside - lost * self.itemsize, self.pooled(layer))
+            for layer in self.layers
+        )
         n, block = len(self.layers), max(self.layers[0].blocks)
         stored = sum(layer.stored for layer in self.layers)
         costs = EvictionCosts(
@@ -339,6 +350,11 @@ class _Evicted:
         except LowkeyError:
             counts = None  # it lacks head scores, and could split the budget in any way
         if counts is not None and allocator.scores_decide == "nothing":
+            if self.policy.pools_chunks:
+                return [
+                    self.with_chunks(*pair, elsewhere)
+                    for pair in zip(self.layers, counts.tolist(), strict=True)
+                ]
             lengths = [[n - elsewhere for n in of_layer] for of_layer in counts.tolist()]
             found = [
                 (sum(of_layer), sum(map(layer.row, of_layer)))
@@ -374,9 +390,24 @@ class _Evicted:
             for i, (layer, n) in enumerate(zip(self.layers, sums, strict=True))
         ]
 
+    def with_chunks(self, layer: _Layer, counts: list[int], elsewhere: int) -> tuple[int, float]:
+        """As `entries` for one layer whose older tokens became rows of chunks.
+
+        Args:
+            layer: the layer.
+            counts: what each of its rows keeps.
+            elsewhere: as in `entries`.
+        """
+        policy: Any = self.policy
+        protected = protected_tokens(policy, self.exact)
+        kept = [policy.kept_of_prompt(self.tokens, n, *protected) for n in counts]
+        tokens = [n - elsewhere for n, _ in kept]
+        return sum(tokens), sum(map(layer.row, tokens)) + sum(n for _, n in kept) * self.pooled(layer)
+
     def most(self, layer: _Layer, entries: int) -> float:
         """The most bytes that so many tokens in the rows of a layer are stored in."""
-        return entries * layer.stored + self.rows * layer.filled
+        dearest = max(layer.stored, self.pooled(layer) - self.beside)
+        return entries * dearest + self.rows * layer.filled
 
     def most_of_rest(self, layer: int, tokens: int) -> float:
         """The most bytes that so many tokens which are not kept are stored in, in the rows of a layer."""

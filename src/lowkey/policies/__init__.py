@@ -16,6 +16,7 @@ from lowkey.core.errors import LowkeyError
 from lowkey.policies.allocators import TOKEN_ALLOCATORS, FullHeads, HeadKV
 from lowkey.policies.attention_matching import AttentionMatching
 from lowkey.policies.base import Policy
+from lowkey.policies.chunks import ChunkGate, ChunkMean
 from lowkey.policies.curdkv import CurDKV
 from lowkey.policies.dropkv import DropKV
 from lowkey.policies.expected import ExpectedAttention
@@ -60,6 +61,8 @@ SCORES: dict[str, type[Policy]] = {
     "smallkv": SmallKV,
     "smallkv-tokens": SmallKVTokens,
     "attention-matching": AttentionMatching,
+    "chunk-gate": ChunkGate,
+    "chunk-mean": ChunkMean,
     "random": Random,
     "oracle": Oracle,
 }
@@ -90,6 +93,8 @@ __all__ = [
     "SCORES",
     "TOVA",
     "AttentionMatching",
+    "ChunkGate",
+    "ChunkMean",
     "CurDKV",
     "DropKV",
     "ExpectedAttention",

@@ -237,6 +237,8 @@ class Policy(ABC):
     keeps_for_good: ClassVar[bool] = False
     # Whether that layer holds a bias beside every stored key, in one more channel.
     holds_biases: ClassVar[bool] = False
+    # Whether that layer holds one row for a chunk of tokens; see `lowkey.policies.chunks.ChunkPolicy`.
+    pools_chunks: ClassVar[bool] = False
     # In words, what it does to keys that neither a plan nor integers allow; empty if any stored form will do.
     needs_whole_keys: ClassVar[str] = ""
 

@@ -8,11 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from lowkey.core.options import option
-from lowkey.ops.hashing import OF_SEED, hashed
+from lowkey.ops.hashing import drawn_uniformly
 from lowkey.policies.base import EvictionContext, Policy
-
-# odd numbers that mix the bits of what is hashed
-OF_HEAD, OF_LAYER = 0x9E3779B1, 0x85EBCA77
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,4 @@ class Random(Policy):
 
     def score(self, context: EvictionContext) -> Tensor:
         """A hash of where each token is (b, h, s); see `Policy.score`."""
-        at = context.positions
-        heads = at.new_tensor(range(at.shape[1])).view(1, -1, 1)
-        x = hashed(at + OF_HEAD * heads + OF_LAYER * context.layer + OF_SEED * self.seed)
-        return (x >> 8).float() / 2**24  # fp32 holds 24 bits
+        return drawn_uniformly(context.positions, context.layer, self.seed)
