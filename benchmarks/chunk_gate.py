@@ -30,7 +30,7 @@ from lowkey.core.progress import bars
 from lowkey.evaluate.actions import Patrol, draw_patrols, encoded, rights
 from lowkey.evaluate.recall import answered, draw_episodes
 from lowkey.evaluate.settings import Setting, evicted
-from lowkey.heads.chunk_gate import ChunkGateTraining, GatesInTraining
+from lowkey.heads.chunk_gate import ChunkGatesInTraining, ChunkGateTraining
 from lowkey.models.fingerprint import model_fingerprint
 from lowkey.models.loading import load
 from lowkey.models.weights import only_trainable
@@ -203,7 +203,7 @@ def trained(
     """Gates, and the KL divergence of each step of their training."""
     folder.mkdir(parents=True, exist_ok=True)
     with only_trainable([], model), torch.enable_grad():
-        training = GatesInTraining(model, rows, told)
+        training = ChunkGatesInTraining(model, rows, told)
         if (saved := files.read_work(folder, "training")) is not None:
             training.restore(saved, folder)
         training.run(folder, bars)

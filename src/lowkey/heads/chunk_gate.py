@@ -181,7 +181,7 @@ class GatedContextLayer(StoringLayer):
         return chosen + gates - gates.detach()
 
 
-class GatesInTraining:
+class ChunkGatesInTraining:
     """The gates of all layers in training, step by step.
 
     Args:
@@ -392,7 +392,7 @@ def train_chunk_gate(
             "one"
         )
     with only_trainable([], model), torch.enable_grad():
-        state = GatesInTraining(model, job.rows, training)
+        state = ChunkGatesInTraining(model, job.rows, training)
         if job.folder is not None and (saved := files.read_work(job.folder, GATES_FILE)) is not None:
             state.restore(saved, job.folder)
         state.run(job.folder, progress)

@@ -11,7 +11,7 @@ from pico import attached, prompt, stock
 
 import lowkey
 from lowkey.core.types import LowkeyError
-from lowkey.heads.chunk_gate import ChunkGateTraining, GatesInTraining, train_chunk_gate
+from lowkey.heads.chunk_gate import ChunkGatesInTraining, ChunkGateTraining, train_chunk_gate
 from lowkey.models.weights import only_trainable
 from lowkey.policies.chunks import ChunkGate
 
@@ -31,7 +31,7 @@ def same(a, b):
 
 def state(name="llama", length=48, **options):
     model = attached(name)
-    return GatesInTraining(model, prompt(length, 3), dataclasses.replace(SHORT, **options)), model
+    return ChunkGatesInTraining(model, prompt(length, 3), dataclasses.replace(SHORT, **options)), model
 
 
 def set_gates(training, bias):
@@ -116,7 +116,7 @@ def test_gradients_reach_everything_in_both_halves():
 def test_training_lowers_the_divergence():
     model = attached("llama")
     told = ChunkGateTraining(chunk=4, sinks=0, recent=4, continuation=12, steps=40, lr=1e-2, keep=0.5)
-    training = GatesInTraining(model, prompt(60, 2), told)
+    training = ChunkGatesInTraining(model, prompt(60, 2), told)
     with only_trainable([], model), torch.enable_grad():
         before = sum(float(training.divergence(n, True)[0].detach()) for n in (0, 1))
         training.run(None, lambda items, label, total: items)
