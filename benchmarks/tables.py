@@ -215,6 +215,18 @@ def prefill_memory_table() -> list[str]:
     )
 
 
+def small_model_table() -> list[str]:
+    """Policies of a small model's attention beside those of the model's own; bytes in three columns."""
+    head = ["budget", "tokens chosen by", "recall", "nats of the answer", "KL", "rows, MB", "small cache, MB"]
+    lines = []
+    for row in rows_of("small-model"):
+        figures = [f"{row[x]:.2f} ± {row[f'{x}_95']:.2f}" for x in ("right", "nats", "kl")]
+        sizes = [f"{row[x] / 1e6:.2f}" for x in ("large", "small_cache")]
+        weights = f"{row['small_weights'] / 1e6:.0f}" if row["small_weights"] else "0"
+        lines.append([row["budget"], row["row"], *figures, *sizes, weights])
+    return table([*head, "small weights, MB"], lines)
+
+
 def controls_table(protocol: str, budget: str) -> list[str]:
     """Policies at one budget beside the controls and the rows without a budget, the best recall first."""
     head = ["cache", "bytes", "recall", "recall over `random`", "nats of the answer", "KL"]
@@ -451,6 +463,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "smollm2-policies": questions_table,
     "smollm2-controls-25": partial(controls_table, "after", "25%"),
     "smollm2-controls-10": partial(controls_table, "after", "10%"),
+    "smollm2-small-model": small_model_table,
     "smollm2-plan": partial(planner_table, "smollm2/plan"),
     "smollm2-plan-frontier": partial(frontier_table, "smollm2/plan", "12.5%"),
     "smollm2-steps": partial(steps_table, "amd-epyc-2-cores"),
