@@ -44,7 +44,10 @@ def test_heads_replaces_a_file_only_when_told_to(here):
         (("--kind", "reward", "-O", "stops=3"), "did you mean 'steps'?"),
         (("--kind", "reward", "-O", "tau=2"), "tau"),
         (("--kind", "distilled", "--task", "facts"), "kind 'distilled' is learnt from chains"),
-        (("--kind", "ablation", "--cases", 10), "of 10 cases were answered right in 4 samples"),
+        (
+            ("--kind", "ablation", "--cases", 10, "--context", 200),
+            "of 10 cases were answered right in 4 samples",
+        ),
         (("--task", "riddle"), "task 'riddle' is unknown"),
         (("--cases", 3), "cases 3"),
         (("--context", 99999), "context 99999: the model reads 1280 tokens at most"),
