@@ -268,6 +268,34 @@ def gate_ranks_table(model: str) -> list[str]:
     return table(["score", "rank within a head", "rank over all heads", "of a value, kept at 30 %"], lines)
 
 
+def decoding_table() -> list[str]:
+    """Policies while a text is written, by budget, the least divergence first."""
+    head = [
+        "policy",
+        "tokens kept",
+        "KL",
+        "KL over `random`",
+        "KL, last quarter",
+        "tokens as with the full cache",
+    ]
+    lines = []
+    for row in sorted(rows_of(f"{EVIDENCE}decoding"), key=lambda row: (-row["budget"], row["kl"])):
+        over, (least, most) = row.get("kl_over_random"), row.get("kl_over_random_95", (None, None))
+        against = "-" if over is None else f"{over:+.3f} ({least:+.3f} to {most:+.3f})"
+        figures = [
+            "{:.3f} ({:.3f} to {:.3f})".format(row[x], *row[f"{x}_95"]) for x in ("kl", "kl_last_quarter")
+        ]
+        cells = [
+            f"{row['agreed']:.0f}",
+            f"{row['length']:.0f}",
+            f"{row['over']:.2f}",
+            f"{row['repeated']:.2f}",
+        ]
+        kept = str(row["budget"] or "all")
+        lines.append([row["policy"], kept, figures[0], against, figures[1], *cells])
+    return table([*head, "length", "did not end", "repeated"], lines)
+
+
 def frontier_table(name: str, keep: str) -> list[str]:
     """All rows of the first draw at one budget, the best KL first."""
     rows = [row for row in rows_of(name) if (row["keep"], row["draw"]) == (keep, 0)]
@@ -464,6 +492,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "smollm2-controls-25": partial(controls_table, "after", "25%"),
     "smollm2-controls-10": partial(controls_table, "after", "10%"),
     "smollm2-small-model": small_model_table,
+    "smollm2-decoding": decoding_table,
     "smollm2-plan": partial(planner_table, "smollm2/plan"),
     "smollm2-plan-frontier": partial(frontier_table, "smollm2/plan", "12.5%"),
     "smollm2-steps": partial(steps_table, "amd-epyc-2-cores"),
