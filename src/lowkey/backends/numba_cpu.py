@@ -240,12 +240,12 @@ class Segments:
         sums, out, share, lse = outputs
         if share_beside:
             sums = np.concatenate([sums, share[..., None]], 2)
-        sums = sums.reshape(*shape, -1)
+        sums = sums.reshape(*shape, sums.shape[-1])  # (not -1, which rows without queries leave open)
         if len(shape) > 2:  # maps of heads take the numbers of each head side by side
             sums = np.ascontiguousarray(sums.swapaxes(0, 1)).swapaxes(0, 1)
         return (
             torch.from_numpy(sums) if self.widths[0] else None,
-            torch.from_numpy(out.reshape(*shape, -1)) if self.widths[1] else None,
+            torch.from_numpy(out.reshape(*shape, out.shape[-1])) if self.widths[1] else None,
             torch.from_numpy(share.reshape(shape)) if self.widths[0] and not sums_only else None,
             None if sums_only else torch.from_numpy(lse.reshape(shape)),
         )

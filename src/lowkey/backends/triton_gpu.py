@@ -190,13 +190,18 @@ class Segments:
             for rest in ((self.widths[0],), (self.widths[1],), (), ())
         )
         if rows * m:
-            asked = tuple(None if x is None else x.reshape(rows, m, x.shape[-1]) for x in queries)
-            shift = None if bias is None else bias.reshape(rows, m)
+            asked, shift = queries, bias
+            if len(shape) > 2:
+                asked = tuple(None if x is None else x.reshape(rows, m, x.shape[-1]) for x in queries)
+                shift = None if bias is None else bias.reshape(rows, m)
             with torch.cuda.device_of(given):  # Triton launches on the current device, whatever it is given
                 self._launch(asked, (out_0, out_1, share, lse), scaling, softcap, mask, shift)
         if share_beside:
             out_0 = torch.cat([out_0, share.unsqueeze(2)], 2)
-        return out_0.view(*shape, -1), out_1.view(*shape, self.widths[1]), share.view(shape), lse.view(shape)
+        if len(shape) == 2:
+            return out_0, out_1, share, lse
+        sides = (out.view(*shape, out.shape[-1]) for out in (out_0, out_1))
+        return *sides, share.view(shape), lse.view(shape)
 
     def _launch(
         self,
