@@ -76,15 +76,23 @@ def main(
 
 
 def policies(model: PreTrainedModel) -> dict[str, Callable[[], LowkeyCache]]:
-    """What makes an empty cache of each policy. Head importance is random: time depends on shapes only."""
+    """What makes an empty cache of each policy that needs no gates, answer or small model. Head importance is
+    random: time depends on shapes only.
+    """
     shape, seeded = families.geometry(model), torch.Generator().manual_seed(0)
     scores = torch.rand(len(shape.compressible), shape.kv_heads, generator=seeded).tolist()
-    heads = dict.fromkeys(("copy", "r2", "induction", "echo"), scores)
+    heads = dict.fromkeys(("copy", "r2", "induction", "echo", "reward", "distilled"), scores)
 
     def policy(name: str) -> Policy:
         return make_policy(name, BUDGET, {}).with_head_scores(heads)
 
-    return {name: partial(lowkey.make_cache, model, policy=policy(name)) for name in POLICIES}
+    made = {name: policy(name) for name in POLICIES}
+    # what else some would have to be given says nothing of the time that a prompt takes
+    return {
+        name: partial(lowkey.make_cache, model, policy=one)
+        for name, one in made.items()
+        if not (one.learns or one.sees_answer or one.reads_along)
+    }
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ import decode
 import equal_bytes
 import evidence
 import head_budgets
+import packed_rows
 import pretraining_report
 import recovery
 import typer
@@ -389,6 +390,11 @@ def recovery_table() -> list[str]:
     return recovery.table(rows_of("recovery")).split("\n")
 
 
+def packed_rows_table() -> list[str]:
+    """Attention over stored rows, from memory and from the processor's cache."""
+    return table(list(packed_rows.COLUMNS), [packed_rows.cells(row) for row in rows_of("packed-rows")])
+
+
 def pretraining_table(make: Callable[[list[dict], str], list[str]], stage: str, tokens: int) -> list[str]:
     """A table of the comparison; the result file keeps thinned curves, so that columns which need every loss
     are left out.
@@ -509,6 +515,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "chain-heads-40": partial(chain_heads_table, "40%"),
     "chain-heads-25": partial(chain_heads_table, "25%"),
     "decode": decode_table,
+    "packed-rows": packed_rows_table,
     "gates-recall-tiny": partial(gate_recall_table, "tiny"),
     "gates-ranks-tiny": partial(gate_ranks_table, "tiny"),
     "scale-Llama-3.1-8B": partial(scale_table, "Llama-3.1-8B"),
