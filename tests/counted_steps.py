@@ -47,7 +47,10 @@ LIMITS = {
     # without a window, a token is encoded and packed in its own step
     "plan-4": 78,
     "razor-4": 78,
-    "plan-razor": 32,  # exact mean tokens beside latents
+    # exact mean tokens, or rows of chunks, beside latents
+    "plan-razor": 32,
+    "plan-chunk-gate": 32,
+    "plan-chunk-mean": 32,
     # besides, a gate chooses its rank
     "dynamic": 50,
     "dynamic-pre": 49,
