@@ -15,19 +15,25 @@ PROMPT, STEPS = 80, 5  # a room of two steps, and the first of four
 SAMPLED = [
     ("exact", "llama"),
     ("exact", "gemma2"),
-    ("bits-8", "llama"),
     ("bits-kivi4", "llama"),
     ("plan-pre", "llama"),
-    ("plan-exact", "llama"),
-    ("plan-exact", "gemma2"),
-    ("plan-h2o-4", "llama"),
     ("snapkv-kivi2", "llama"),
     ("merged-pre-kivi2", "llama"),
-    ("merged-pre-global-8", "llama"),
-    ("razor-4", "llama"),
     ("think", "llama"),
-    ("dynamic", "llama"),
-    ("dynamic-pre", "llama"),
+    # what these add to those above is held by the kernels' own tests, too
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            ("bits-8", "llama"),
+            ("plan-exact", "llama"),
+            ("plan-exact", "gemma2"),
+            ("plan-h2o-4", "llama"),
+            ("merged-pre-global-8", "llama"),
+            ("razor-4", "llama"),
+            ("dynamic", "llama"),
+            ("dynamic-pre", "llama"),
+        )
+    ),
 ]
 
 

@@ -294,8 +294,8 @@ def test_the_table_tells_parameters_and_allocator() -> None:
     page = Page(render([result(FULL, row)]))
     assert (
         page.cell(2, "Policy")
-        == "snapkv (sinks=4, recent=8, every=0, head_pooling=mean, protect_prompt=False, rest=drop, window=16, "
-        "kernel=7, pooling=max, aggregation=mean)"
+        == "snapkv (sinks=4, recent=8, every=0, head_pooling=mean, protect_prompt=False, rest=drop, "
+        "window=16, kernel=7, pooling=max, aggregation=mean)"
     )
     assert page.cell(2, "Allocator") == "headkv (kind=copy, beta=1.2, floor=0.0, importance=[4 lists])"
     assert (page.cell(1, "Policy"), page.cell(1, "Allocator")) == ("—", "—")
