@@ -190,7 +190,8 @@ class Segments:
             for rest in ((self.widths[0],), (self.widths[1],), (), ())
         )
         if rows * m:
-            asked, shift = queries, bias
+            asked: tuple[Tensor | None, ...] = queries
+            shift = bias
             if len(shape) > 2:
                 asked = tuple(None if x is None else x.reshape(rows, m, x.shape[-1]) for x in queries)
                 shift = None if bias is None else bias.reshape(rows, m)
@@ -200,8 +201,8 @@ class Segments:
             out_0 = torch.cat([out_0, share.unsqueeze(2)], 2)
         if len(shape) == 2:
             return out_0, out_1, share, lse
-        sides = (out.view(*shape, out.shape[-1]) for out in (out_0, out_1))
-        return *sides, share.view(shape), lse.view(shape)
+        out_0, out_1 = (out.view(*shape, out.shape[-1]) for out in (out_0, out_1))
+        return out_0, out_1, share.view(shape), lse.view(shape)
 
     def _launch(
         self,
