@@ -17,7 +17,6 @@ before. Rows have means with 95 % intervals of a bootstrap over samples, and pai
 from __future__ import annotations
 
 import json
-import random
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from lowkey.catalog import make_policy
 from lowkey.core import files
 from lowkey.core.progress import bars
 from lowkey.evaluate.asking import Frame
+from lowkey.evaluate.intervals import paired_bootstrap
 from lowkey.evaluate.machine import machine
 from lowkey.evaluate.settings import Setting, evicted, full
 from lowkey.models.loading import load
@@ -63,7 +63,7 @@ POLICIES: dict[str, tuple[str, dict[str, str]]] = {
     "fast-kvzip": ("fast-kvzip", {}),
 }
 FIGURES = ("kl", "kl_last_quarter", "agreed", "length", "over", "repeated")
-RESAMPLES, GRAM = 2000, 4
+GRAM = 4
 
 
 @dataclass(frozen=True)
@@ -194,12 +194,11 @@ def summary(work: Path, pairs: Sequence[tuple[str, int]]) -> Iterator[dict[str, 
         control = found.get(("random", budget))
         for figure in FIGURES:
             values = [x[figure] for x in own]
-            row[figure], row[f"{figure}_95"] = bootstrap(values)
+            row[figure], *row[f"{figure}_95"] = paired_bootstrap(values, [0.0] * len(own))
             if control is not None:
                 base = [figures(x, y)[figure] for x, y in zip(control["written"], reference, strict=True)]
-                row[f"{figure}_over_random"], row[f"{figure}_over_random_95"] = bootstrap(
-                    [a - b for a, b in zip(values, base, strict=True)]
-                )
+                over, *interval = paired_bootstrap(values, base)
+                row[f"{figure}_over_random"], row[f"{figure}_over_random_95"] = over, interval
         yield row
 
 
@@ -216,13 +215,6 @@ def figures(sample: dict[str, Any], reference: dict[str, Any]) -> dict[str, floa
         "over": float(not sample["ended"]),
         "repeated": 1 - len(set(grams)) / len(grams) if grams else 0.0,
     }
-
-
-def bootstrap(values: Sequence[float]) -> tuple[float, list[float]]:
-    """The mean and its 95 % interval over resampled samples."""
-    rng = random.Random(0)
-    means = sorted(statistics.fmean(rng.choices(values, k=len(values))) for _ in range(RESAMPLES))
-    return statistics.fmean(values), [means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)]]
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from lowkey.core import files, text
 from lowkey.core.progress import bars
 from lowkey.core.types import LowkeyError
 from lowkey.evaluate.asking import tensor_of
-from lowkey.evaluate.intervals import half_width
+from lowkey.evaluate.intervals import half_width, paired_bootstrap
 from lowkey.evaluate.machine import machine
 from lowkey.evaluate.recall import FORMS, Fact, frame_of, usual_form
 from lowkey.evaluate.settings import Setting, evicted, full, packed, planned
@@ -55,7 +55,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "snapkv, layer-mass": ("snapkv", {"allocator": "layer-mass"}),
 }
 INTEGERS = ("kivi4", "kivi2")  # rows of the same protocol that evict nothing
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -189,9 +188,8 @@ def make_setting(
         return full(model) if name == "full" else packed(model, name, DEFAULT_WINDOW)
     if budget is None:
         raise LowkeyError(f"policy {policy}: give a budget")
-    made = make_policy(policy, budget, options)
-    if policy == "random":
-        made = make_policy(policy, budget, options | {"seed": str(draw)})
+    seeded = {"seed": str(draw)} if policy == "random" else {}
+    made = make_policy(policy, budget, options | seeded)
     if protocol == "with" or made.sees_answer:
         # the question, and the answer that an oracle sees, are held beside the budget
         question, answer = context.asked[0]
@@ -298,21 +296,17 @@ def summary(log: dict[tuple[Any, ...], dict[str, Any]]) -> list[dict[str, Any]]:
                 for draw in sorted({x["draw"] for x in own})
             ]
             row[figure], row[f"{figure}_95"] = statistics.fmean(draws), half_width(draws)
-        pairs = [
-            statistics.fmean(x["right"]) - statistics.fmean(control[at]["right"])
-            for x in own
-            if (at := (x["draw"], x["context"])) in control
+        both = [
+            [statistics.fmean(x["right"]) for x in (one, control[at])]
+            for one in own
+            if (at := (one["draw"], one["context"])) in control
         ]
-        row["right_over_random"], row["right_over_random_95"] = bootstrap(pairs) if pairs else (None, None)
+        row["right_over_random"], row["right_over_random_95"] = None, None
+        if both:
+            over, *interval = paired_bootstrap(*zip(*both, strict=True))
+            row["right_over_random"], row["right_over_random_95"] = over, interval
         table.append(row)
     return sorted(table, key=lambda r: (r["protocol"], r["budget"] or "", -r["right"], r["nats"]))
-
-
-def bootstrap(pairs: list[float]) -> tuple[float, list[float]]:
-    """The mean of differences and its 95 % interval, resampled."""
-    rng = random.Random(0)
-    means = sorted(statistics.fmean(rng.choices(pairs, k=len(pairs))) for _ in range(RESAMPLES))
-    return statistics.fmean(pairs), [means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)]]
 
 
 if __name__ == "__main__":
