@@ -4,7 +4,6 @@ arXiv:2410.10819), and the loss without each head.
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowkey.core.files.measured import Measured
 from lowkey.core.options import option
 from lowkey.core.progress import Progress, silent
-from lowkey.core.seeds import seed_of
 from lowkey.heads.chains import Chain
 from lowkey.heads.scores import HeadScores
 from lowkey.heads.writing_chains import CASES_AT_ONCE, NOT_WRITTEN, ChainHeads, ChainJob, GatesInTraining
@@ -79,8 +77,7 @@ def train_by_distance(
     state = GatesInTraining(job.gates(), training.lr, 0.0, 2, job.folder)
     done = len(state.history)
     for step in progress(range(done, training.steps), "training gates", training.steps - done):
-        rng = random.Random(seed_of(seed, "cases", step))
-        chosen = rng.sample(job.chains, min(training.prompts, len(job.chains)))
+        chosen = job.drawn(step, training.prompts)
         gates = state.gates.detach()
         gradient, distance = distance_gradient(job, chosen, gates)
         gradient = gradient + training.beta * gates.sign() / gates.numel()

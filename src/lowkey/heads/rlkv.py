@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -95,8 +94,7 @@ def train_by_reward(
     state = GatesInTraining(job.gates(), training.lr, training.weight_decay, len(MEASURED), job.folder)
     done = len(state.history)
     for step in progress(range(done, training.steps), "training gates", training.steps - done):
-        rng = random.Random(seed_of(seed, "cases", step))
-        chosen = rng.sample(job.chains, min(training.prompts, len(job.chains)))
+        chosen = job.drawn(step, training.prompts)
         gates = state.gates.detach()
         drawn = seed_of(seed, "answers", step)
         answers = job.write(chosen, gates, training.samples, training.temperature, drawn)

@@ -6,6 +6,7 @@ solves, the answers it writes, and the state of training.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -254,6 +255,11 @@ class ChainJob:
         cache.batch_repeat_interleave(samples)
         logits = logits.repeat_interleave(samples, 0)
         return sample_answers(self.model, cache, logits, self.own.most, temperature, seed, self.stops)
+
+    def drawn(self, step: int, most: int) -> list[Chain]:
+        """The cases of a step of training, at most so many; they depend on the seed and the step alone."""
+        rng = random.Random(seed_of(self.identity["seed"], "cases", step))
+        return rng.sample(self.chains, min(most, len(self.chains)))
 
     def rewards(self, chains: list[Chain], answers: Answers) -> Tensor:
         """1 for every right answer (rows), 0 for the others."""
