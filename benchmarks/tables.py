@@ -518,6 +518,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "packed-rows": packed_rows_table,
     "gates-recall-tiny": partial(gate_recall_table, "tiny"),
     "gates-ranks-tiny": partial(gate_ranks_table, "tiny"),
+    "gates-ranks-smollm2": partial(gate_ranks_table, "smollm2"),
     "scale-Llama-3.1-8B": partial(scale_table, "Llama-3.1-8B"),
     "scale-Qwen3-32B": partial(scale_table, "Qwen3-32B"),
     "scale-DeepSeek-V3": partial(scale_table, "DeepSeek-V3"),
