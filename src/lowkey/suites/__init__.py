@@ -4,6 +4,7 @@ Imports `core` only. Models, caches and harnesses take samples as data from here
 """
 
 from lowkey.suites.catalog import SUITES, load_samples
+from lowkey.suites.metrics import METRICS, scored
 from lowkey.suites.sample import Source, Suite, SuiteSample, Turn
 
-__all__ = ["SUITES", "SuiteSample", "Source", "Suite", "Turn", "load_samples"]
+__all__ = ["METRICS", "SUITES", "Source", "Suite", "SuiteSample", "Turn", "load_samples", "scored"]

@@ -93,7 +93,7 @@ def find_file(folder: Path, names: tuple[str, ...], what: str) -> Path:
 
 def read_records(path: Path, what: str) -> Iterator[Record]:
     """The records of a `.jsonl` file, one a line, or of a `.json` file with one list. Either may be packed
-    with gzip (`.gz`).
+    with gzip (`.gz`). Numbers of records and lines begin at 1.
 
     Args:
         path: the file.

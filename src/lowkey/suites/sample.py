@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from lowkey.core.options import Checked, option
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -21,11 +18,13 @@ class Turn:
         question: the words.
         answers: answers that count as right.
         tokens: tokens that the answer takes at most.
+        choices: the answers to choose from, where there are such.
     """
 
     question: str
     answers: tuple[str, ...]
     tokens: int
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,9 @@ class SuiteSample:
         opening: words that the answer begins with. They are given and not written by the model.
         choices: the answers to choose from, where there are such.
         stop: texts at which the answer ends.
-        turns: further questions about the same context, in order.
-        meta: what else the suite says about the case, such as its language, its length or its difficulty.
+        turns: further questions about the same context, in order, each scored like the first.
+        meta: what else is known about the case, such as its language, its length or its difficulty;
+            `cut` is the number of tokens that a context lost in its middle because the prompt was too long.
     """
 
     suite: str
@@ -65,6 +65,11 @@ class SuiteSample:
     turns: tuple[Turn, ...] = ()
     meta: Mapping[str, str | int | float] = field(default_factory=dict)
 
+    @property
+    def asked(self) -> tuple[Turn, ...]:
+        """All questions in order, the first and the further ones."""
+        return Turn(self.question, self.answers, self.tokens, self.choices), *self.turns
+
 
 @dataclass(frozen=True)
 class Source(Checked):
@@ -72,8 +77,8 @@ class Source(Checked):
 
     Args:
         tokenizer: the model's. Lengths are counted with it.
-        length: tokens of prompt and answer together. Generated prompts are made as long. Samples of a file
-            are as long as they are; see `Suite`.
+        length: tokens of the prompt, with the template around it, and of the answers together. Generated
+            prompts are made as long; a longer sample of a file loses tokens in the middle of its context.
         cases: number of cases of each task at most.
         seed: seed of generated cases.
         texts: running texts by name, in which facts are hidden; empty for the embedded text.
@@ -81,13 +86,17 @@ class Source(Checked):
         reserved: tokens that the chat template and the beginning-of-text token take.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     length: int = option(4096, at_least=64, at_most=2**24)
     cases: int = option(20, at_least=1, at_most=10**6)
     seed: int = option(0, at_least=0)
     texts: Mapping[str, str] = option(default_factory=dict, any_text=True)
     folder: Path | None = option(None, any_text=True)
     reserved: int = option(0, at_least=0, at_most=2**20)
+
+    def count(self, text: str) -> int:
+        """The tokens of a text, without special tokens."""
+        return len(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ class Suite:
         source: arXiv id of the paper.
         tasks: names of its tasks.
         samples: called with a task and a source, gives the samples of the task.
-        generated: whether samples can be made without any file.
+        generated: tasks whose samples can be made without any file.
         files: what a folder of published files holds, for messages and pages.
     """
 
@@ -107,5 +116,5 @@ class Suite:
     source: str
     tasks: tuple[str, ...]
     samples: Callable[[str, Source], Iterator[SuiteSample]]
-    generated: bool
+    generated: tuple[str, ...]
     files: str

@@ -21,8 +21,8 @@ def test_gsm8k_gives_the_number_behind_the_mark(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("name", "tasks", "message"),
     [
-        ("gsmk8", (), "suite 'gsmk8' is unknown; choose gsm8k"),
-        ("gsm8k", ("gsm",), "task 'gsm' is not one of gsm8k's; choose gsm8k"),
+        ("gsmk8", (), "suite 'gsmk8' is unknown; did you mean 'gsm8k'"),
+        ("gsm8k", ("gsm",), "task 'gsm' is not one of gsm8k; did you mean 'gsm8k'"),
     ],
 )
 def test_the_nearest_name_is_told(tokenizer, name, tasks, message):
