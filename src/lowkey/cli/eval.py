@@ -156,7 +156,9 @@ def eval_(
     cases: Annotated[
         int,
         typer.Option(
-            metavar="N", help=with_range("Task", "cases", "number of recall cases"), rich_help_panel=MEASURING
+            metavar="N",
+            help=with_range("Task", "cases", "number of recall cases, and of each kind of behaviour"),
+            rich_help_panel=MEASURING,
         ),
     ] = 20,
     recall_form: Annotated[
@@ -181,8 +183,8 @@ def eval_(
     refeed: Annotated[
         bool,
         typer.Option(
-            help="recall and questions: ask again over what was kept, so that the first token of the answer "
-            "is tested too",
+            help="recall, questions and behaviour: ask again over what was kept, so that the first token of "
+            "the answer is tested too",
             rich_help_panel=MEASURING,
         ),
     ] = True,

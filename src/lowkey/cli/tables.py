@@ -149,6 +149,9 @@ COLUMNS = {  # key of a row: (heading, format)
     "recall_kept": ("recall kept", ".1%"),
     "questions": ("questions", ".2f"),
     "questions_kept": ("questions kept", ".1%"),
+    "behaviour": ("behaviour", ".2f"),
+    "behaviour_same": ("as full", ".2f"),
+    "behaviour_kept": ("behaviour kept", ".1%"),
     "bytes_per_token": ("B/token", ".0f"),
     "bytes_held": ("bytes held", ",d"),
     "step_ms": ("step ms", ".2f"),
@@ -170,9 +173,12 @@ def show_rows(result: dict) -> None:
     screen.print(table)
 
 
+NOTED = ("recall", "questions", "behaviour")  # tasks that say where they are no evidence
+
+
 def notes(result: dict) -> list[str]:
     """A line for each task whose result is no evidence for this model."""
-    found = [row.get(f"{task}_note") for row in result["rows"] for task in ("recall", "questions")]
+    found = [row.get(f"{task}_note") for row in result["rows"] for task in NOTED]
     return [note for note in found if note]
 
 
@@ -182,6 +188,9 @@ def _cell(row: dict, name: str) -> str:
         return _weak(f"{row['questions_right']} of {row['questions_of']}", row["questions_evidence"])
     if name == "exact_match" and row[name] is not None:
         return _weak(format(row[name], COLUMNS[name][1]), row["recall_evidence"])
+    if name == "behaviour" and row[name] is not None:
+        ceiling = f"{row[name]:{COLUMNS[name][1]}} of {row['behaviour_ceiling']:{COLUMNS[name][1]}}"
+        return _weak(ceiling, row["behaviour_evidence"])
     value, off, how = row[name], row.get(f"{name}_95"), COLUMNS[name][1]
     return "-" if value is None else format(value, how) + ("" if off is None else f" ± {off:{how}}")
 

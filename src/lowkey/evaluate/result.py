@@ -18,7 +18,7 @@ from lowkey.core.files.measured import Measured
 from lowkey.core.options import Checked, option
 from lowkey.core.progress import Progress, silent
 from lowkey.core.types import LowkeyError, device_of
-from lowkey.evaluate import footprint, layerwise, likelihood, questions, recall, speed
+from lowkey.evaluate import behaviour, footprint, layerwise, likelihood, questions, recall, speed
 from lowkey.evaluate.settings import Setting, distinct
 from lowkey.models import families
 from lowkey.models.fingerprint import model_fingerprint
@@ -33,9 +33,9 @@ class Task(Checked):
 
     Args:
         texts: texts by name.
-        context: tokens of a window and of a recall case.
+        context: tokens of a window, of a recall case and of a prompt of behaviour.
         windows: number of windows at most, taken from the texts in turn.
-        cases: number of recall cases.
+        cases: number of recall cases, and of cases of each kind of behaviour.
         seed: seed of cases and questions.
         batch: windows that a layer reads at a time.
         refeed: whether questions are asked again over what a setting kept.
@@ -132,6 +132,22 @@ def _questions(run: TaskInput) -> dict[str, dict]:
     )
 
 
+def _behaviour(run: TaskInput) -> dict[str, dict]:
+    task = run.task
+    return behaviour.measure_behaviour(
+        run.model,
+        run.tokenizer,
+        run.settings,
+        "\n\n".join(task.texts.values()),
+        task.context,
+        task.cases,
+        task.seed,
+        run.progress,
+        task.refeed,
+        run.measured.once,
+    )
+
+
 def _speed(run: TaskInput) -> dict[str, dict]:
     return speed.measure_speed(
         run.model, run.tokenizer, run.settings, run.rows[:1], run.progress, run.measured
@@ -144,6 +160,7 @@ TASKS: dict[str, Callable[[TaskInput], dict[str, dict]]] = {
     "layers": _layers,
     "recall": _recall,
     "questions": _questions,
+    "behaviour": _behaviour,
     "speed": _speed,
 }
 USUAL_TASKS = ("perplexity",)  # the tasks when none is named

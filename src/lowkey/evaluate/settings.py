@@ -40,6 +40,8 @@ UNMEASURED = (
     "layer_error", "layer_cosine",
     "exact_match", "recall_form", "recall_evidence", "recall_kept",
     "questions", "questions_right", "questions_of", "questions_evidence", "questions_kept",
+    "behaviour", "behaviour_ceiling", "behaviour_kinds", "behaviour_same", "behaviour_evidence",
+    "behaviour_kept",
     "bytes_per_token", "bytes_held", "bytes_predicted", "bytes_full",
     "prefill_ms", "step_ms",
 )

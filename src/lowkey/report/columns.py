@@ -178,6 +178,25 @@ RESULT_COLUMNS = [
         "Bytes held, question included, when those answers were begun.",
     ),
     _column(
+        "behaviour",
+        "Behaviour",
+        format_percent,
+        "Share of instructions that are followed: several in one prompt, a system prompt, facts of earlier "
+        "turns, a secret. The row of the full cache is the ceiling.",
+    ),
+    _column(
+        "behaviour_same",
+        "Behaviour, same",
+        format_percent,
+        "Of the instructions that the full cache follows, those followed here too.",
+    ),
+    _column(
+        "behaviour_kept",
+        "Behaviour kept",
+        format_percent,
+        "Bytes held, question included, when those answers were begun.",
+    ),
+    _column(
         "prefill_ms",
         "Prefill ms",
         _three_digits,

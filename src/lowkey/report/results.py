@@ -25,6 +25,7 @@ NUMBER_FIELDS = [
     "top1_agreement",
     "layer_error", "layer_cosine", "exact_match", "recall_kept",
     "questions", "questions_right", "questions_of", "questions_kept",
+    "behaviour", "behaviour_ceiling", "behaviour_same", "behaviour_kept",
     "bytes_per_token", "bytes_planned", "bytes_held", "bytes_predicted", "bytes_full",
     "prefill_ms", "step_ms",
 ]

@@ -117,6 +117,7 @@ def fitted(
     build: Callable[[int], str],
     what: str,
     least: int = 0,
+    argument: str = "length",
 ) -> str:
     """A context that makes the prompt exactly as long as the source wants it.
 
@@ -127,6 +128,7 @@ def fitted(
         build: gives a context with so many pieces of filling. It must get longer with their number.
         what: the suite and task, for messages.
         least: pieces without which a context is none.
+        argument: what the length is called in messages.
 
     Returns:
         The longest context that fits, with dots behind it for what is left. The prompt is shorter than it
@@ -141,10 +143,8 @@ def fitted(
         return source.count(build(pieces) + behind)
 
     if (smallest := size(least)) > room:
-        raise LowkeyError(
-            f"length {source.length}: {what} takes at least {smallest + tokens + source.reserved} tokens; "
-            "give more"
-        )
+        needed = smallest + tokens + source.reserved
+        raise LowkeyError(f"{argument} {source.length}: {what} takes at least {needed} tokens; give more")
     # Most pieces have a token or more, so few doublings find a number that is too large.
     low, high = least, max(least + 1, room // 8)
     while size(high) <= room and high < _MOST_PIECES * room:

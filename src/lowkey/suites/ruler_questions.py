@@ -78,14 +78,13 @@ def _hotpot(content: Any, place: str) -> _Items:
     items: list[_Item] = []
     numbers: dict[str, int] = {}
     for record in _listed(content, "record", place):
-        own = []
-        for titled in record.get("context") if isinstance(record.get("context"), list) else [None]:
-            right = isinstance(titled, list) and len(titled) == 2 and isinstance(titled[1], list)
-            if not right or not all(isinstance(s, str) for s in (titled[0], *titled[1])):
-                raise record.refuse(
-                    f"context has {shown(titled)} and must have pairs of a title and sentences"
-                )
-            own.append(numbers.setdefault(f"{titled[0]}\n{''.join(titled[1])}", len(numbers)))
+        own, pairs = [], record.get("context")
+        for pair in pairs if isinstance(pairs, list) else [pairs]:
+            title, sentences = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
+            right = isinstance(title, str) and isinstance(sentences, list)
+            if not right or not all(isinstance(sentence, str) for sentence in sentences or ()):
+                raise record.refuse(f"context has {shown(pair)} and must have pairs of a title and sentences")
+            own.append(numbers.setdefault(f"{title}\n{''.join(sentences or ())}", len(numbers)))
         items.append(_Item(record.text("question"), (record.text("answer"),), tuple(own)))
     return _Items(items, list(numbers))
 
