@@ -137,8 +137,8 @@ def distracted_question(task: str, source: Source, tokens: int) -> Maker:
 
         def build(count: int) -> str:
             # the last of the other documents is cut; if there are too few, each stands there several times
-            taken = (words * (count // max(1, len(words)) + 1))[:count]
-            other = [" ".join(w for _, w in own) for _, own in itertools.groupby(taken, lambda pair: pair[0])]
+            taken = ((n // len(words), *words[n % len(words)]) for n in range(count))
+            other = [" ".join(w[2] for w in own) for _, own in itertools.groupby(taken, lambda w: w[:2])]
             texts = other + [known.paragraphs[i] for i in item.needed]
             Random(order).shuffle(texts)
             return _INTRODUCTION + "\n\n".join(f"Document {n}:\n{text}" for n, text in enumerate(texts, 1))
