@@ -53,6 +53,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "snapkv, max": ("snapkv", {"aggregation": "max"}),
     "snapkv, defensive": ("snapkv", {"aggregation": "defensive"}),
     "snapkv, layer-mass": ("snapkv", {"allocator": "layer-mass"}),
+    "attention-matching, pursuit": ("attention-matching", {"keys": "pursuit"}),
 }
 INTEGERS = ("kivi4", "kivi2")  # rows of the same protocol that evict nothing
 

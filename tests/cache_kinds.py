@@ -100,7 +100,9 @@ KINDS = {
         policy=evicting("attention-matching", queries="prompt", every=3, allocator="global", ridge=1.0),
     ),
     "matching": lambda m: make_cache(
-        m, policy=evicting("attention-matching", queries="prompt", references=8), exact=SMALL_WINDOW
+        m,
+        policy=evicting("attention-matching", queries="prompt", references=8, keys="pursuit"),
+        exact=SMALL_WINDOW,
     ),
     "think-global": lambda m: make_cache(m, policy=evicting("think", allocator="global")),
     "dynamic": lambda m: make_cache(

@@ -29,6 +29,10 @@ class AttentionMatching(Policy):
     held in one more channel of every stored key.
 
     Args:
+        keys: which tokens a head keeps, once the allocator has said how many. `highest`: those of the highest
+            scores. `pursuit`: orthogonal matching pursuit, which takes one token after the other, each time
+            the one whose attention has the largest product with the mass that is still lacking, and weighs
+            all taken ones anew. It takes memory for the square of a context's tokens (default `highest`).
         queries: the reference queries. `prompt`: those since the last eviction, each over the tokens before
             it. `repeat`: those of a second pass in which the model repeats the context, as `lowkey.prefill`
             makes it, which the paper calls repeat-prefill (default `repeat`).
@@ -40,12 +44,13 @@ class AttentionMatching(Policy):
         bridge: number of tokens before a piece that are given with the request (default 8).
         prompt: text that asks for the repetition.
 
-    Source: arXiv:2602.16284, the variant of the highest attention keys. Where we differ: masses are matched
-    relative to each query's own, where the published code weighs queries by their mass over their largest
-    logit; the bounded problem is solved, where it takes two steps from the clamped solution of the unbounded
-    one; the ridge, of which it has none; one threshold decides how many tokens a head keeps, where it reads
-    that from a table made for each model; references are those of one pass over the full cache, not of a pass
-    over layers that are compacted already.
+    Source: arXiv:2602.16284, the variants of the highest attention keys and of orthogonal matching pursuit
+    (OMP). Where we differ: masses are matched relative to each query's own, where the published code weighs
+    queries by their mass over their largest logit; the bounded problem is solved, where it takes two steps
+    from the clamped solution of the unbounded one; the ridge, of which it has none; one threshold decides how
+    many tokens a head keeps, where it reads that from a table made for each model; the pursuit takes and
+    weighs one token at a time at any length, where it takes up to four beyond 300; references are those of
+    one pass over the full cache, not of a pass over layers that are compacted already.
     """
 
     summary: ClassVar[str] = "highest attention; a bias and new values stand for what was dropped"
@@ -54,6 +59,7 @@ class AttentionMatching(Policy):
     holds_biases: ClassVar[bool] = True
     needs_whole_keys: ClassVar[str] = "holds a bias beside each of the model's own keys, and fits values"
 
+    keys: Literal["highest", "pursuit"] = "highest"
     queries: Literal["prompt", "repeat"] = "repeat"
     references: int = option(1024, at_least=1, at_most=2**24)
     bound: float = option(3.0, above=0, at_most=16)

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from lowkey.models.attention_interface import Call
 from lowkey.ops.least_squares import bounded_least_squares, drawn
+from lowkey.ops.matching_pursuit import pursued
 from lowkey.ops.ragged import pad_rows, top_mask
 from lowkey.policies.base import CosAndSin, EvictionContext, Policy
 from lowkey.storage.biased import Biased, with_ones
@@ -194,6 +195,8 @@ class MatchingLayer(EvictingLayer):
     def keep_best(self, candidates: Candidates, scores: Tensor, counts: Tensor) -> None:
         """As `EvictingLayer.keep_best`; then tokens that need not stay as they are get biases and values."""
         context, self.pending = self.pending, None
+        if self.policy.keys == "pursuit" and context is not None and context.queries.shape[3]:
+            scores = _by_pursuit(context, scores, counts, self.policy.bound, self.policy.ridge)
         chosen = top_mask(scores, counts) & candidates.valid
         dropped = (candidates.valid & ~chosen).any(-1, keepdim=True)
         free = chosen & scores.isfinite() & dropped
@@ -219,6 +222,43 @@ class MatchingLayer(EvictingLayer):
 def _stride(counts: Tensor, most: int) -> Tensor:
     """(b, 1): every how many of so many things (b) `most` of them can be taken."""
     return (-(-counts // most)).clamp_min(1).unsqueeze(1)
+
+
+# -- which tokens stay
+
+
+def _by_pursuit(
+    context: EvictionContext, scores: Tensor, counts: Tensor, bound: float, ridge: float
+) -> Tensor:
+    """Scores by which orthogonal matching pursuit's choice stays.
+
+    Args:
+        context: as in `matched_tokens`.
+        scores: (b, h, s), infinite for tokens that stay as they are, and -inf for those that cannot stay.
+        counts: (b, h), how many tokens stay.
+        bound: largest absolute value of a bias.
+        ridge: how strongly weights are drawn to 1.
+
+    Returns:
+        The scores, 1 and 0 where they were finite.
+    """
+    (b, h, s), fixed, open_ = scores.shape, scores.isposinf(), scores.isfinite()
+    gram = scores.new_zeros(b, h, s, s, dtype=torch.float64)
+    for weights in context.attention():
+        rows = pad(weights.nan_to_num(0.0).flatten(2, 3), (0, max(0, s - weights.shape[-1])))[..., :s]
+        gram += rows.mT @ rows
+    # what tokens that may be dropped got together, times what each of them got
+    target = gram @ open_.double().unsqueeze(3)
+    found = pursued(
+        gram.flatten(0, 1),
+        target.flatten(0, 1)[..., 0],
+        open_.flatten(0, 1),
+        (counts - fixed.sum(2)).clamp_min(0).flatten(),
+        ridge,
+        math.exp(-bound),
+        math.exp(bound),
+    )
+    return torch.where(open_, found.view(b, h, s).to(scores.dtype), scores)
 
 
 # -- the two least-squares problems

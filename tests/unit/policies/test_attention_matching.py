@@ -14,6 +14,7 @@ import lowkey
 from lowkey.catalog import make_policy
 from lowkey.core.types import LowkeyError
 from lowkey.ops.least_squares import bounded_least_squares
+from lowkey.ops.matching_pursuit import pursued
 
 HEADS, SINKS, RECENT = 4, 2, 3
 SMALL = {"sinks": SINKS, "recent": RECENT, "allocator": "uniform"}
@@ -67,7 +68,20 @@ def bounded(rows, wanted, pull, bound):
     return w
 
 
-def by_hand(queries, keys, values, bias, seen, kept, call, fixed, bound=3.0, ridge=1e-3):
+def pursuit(a, y, allowed, count, bound, ridge):
+    """Orthogonal matching pursuit: which of the columns of `a` (q, s) are taken for `y` (q)."""
+    pull, taken, x = ridge * (a[:, allowed] ** 2).sum() / allowed.sum(), [], np.zeros(0)
+    while len(taken) < count:
+        products = a.T @ (y - a[:, taken] @ x)
+        products[~allowed] = products[taken] = -np.inf
+        taken.append(int(products.argmax()))
+        rows = np.vstack([a[:, taken], math.sqrt(pull) * np.eye(len(taken))])
+        wanted = np.concatenate([y, math.sqrt(pull) * np.ones(len(taken))])
+        x = np.linalg.lstsq(rows, wanted, rcond=None)[0].clip(math.exp(-bound), math.exp(bound))
+    return taken
+
+
+def by_hand(queries, keys, values, bias, seen, kept, call, fixed, bound=3.0, ridge=1e-3, way="highest"):
     """(scores (s), biases (s), values (s, d)) of one head, given which tokens `kept` (s) and `fixed` (s).
 
     Args:
@@ -79,11 +93,16 @@ def by_hand(queries, keys, values, bias, seen, kept, call, fixed, bound=3.0, rid
         kept: how many tokens stay.
         call: scaling and soft cap.
         fixed: (s), tokens that stay as they are.
+        bound: of what is added to a bias.
+        ridge: of both problems.
+        way: which tokens stay, `highest` or `pursuit`.
     """
     a = shares(queries, keys, bias, seen, call)
     scores = np.sqrt((a**2).mean(0))
     order = np.argsort(-np.where(fixed, np.inf, scores), kind="stable")[:kept]
-    stays = np.zeros(len(keys), bool)
+    if way == "pursuit":
+        order = pursuit(a, 1 - a[:, fixed].sum(1), ~fixed, kept - fixed.sum(), bound, ridge)
+    stays = fixed.copy()
     stays[order] = True
     free = stays & ~fixed
     # masses: what the free tokens lack beside the fixed ones
@@ -154,12 +173,13 @@ def test_the_prompts_own_queries_choose_and_fit(name, pads):
 
 
 @pytest.mark.defines("policies", "attention-matching")
-@pytest.mark.parametrize("references", [1024, 7])
-def test_the_queries_of_a_second_pass_choose_and_fit(references):
+@pytest.mark.parametrize(("references", "way"), [(1024, "highest"), (7, "highest"), (1024, "pursuit")])
+def test_the_queries_of_a_second_pass_choose_and_fit(references, way):
     """Pieces are repeated behind the context; the queries of each, request and bridge included, see all of
     it, and every so many of them are references."""
     n, chunk, model, ids = 50, 20, attached("llama"), prompt(50, batch=1)
-    cache = matching(model, "30%", chunk=chunk, bridge=4, references=references, bound=1.0, ridge=0.01)
+    told = {"chunk": chunk, "bridge": 4, "references": references, "bound": 1.0, "ridge": 0.01, "keys": way}
+    cache = matching(model, "30%", **told)
     logs = spied(cache)
     lowkey.prefill(model, pico.tokenizer(), cache, ids)
     fixed, every = np.zeros(n, bool), -(-n // references)
@@ -181,6 +201,7 @@ def test_the_queries_of_a_second_pass_choose_and_fit(references):
                 fixed,
                 bound=1.0,
                 ridge=0.01,
+                way=way,
             )
             agrees(got, *wanted)
             assert np.abs(wanted[1]).max() <= 1.0 + 1e-9
@@ -297,6 +318,38 @@ def test_no_equations_leave_every_weight_at_one():
     assert bounded_least_squares(torch.zeros(3, 3), torch.zeros(3), 1e-3, 0.5, 2.0).tolist() == [1, 1, 1]
 
 
+# -- matching pursuit
+
+
+def test_pursuit_is_its_definition_for_many_problems_at_once():
+    """Heads with other numbers to take, columns that may not be taken, and a head that takes all."""
+    random = np.random.default_rng(0)
+    a = random.random((4, 40, 14)) ** 4
+    y = random.random((4, 40)) + 0.5
+    allowed = random.random((4, 14)) < 0.8
+    counts = [5, 1, 9, 14]
+    got = pursued(
+        torch.from_numpy(a.transpose(0, 2, 1) @ a),
+        torch.from_numpy(np.einsum("nqs,nq->ns", a, y)),
+        torch.from_numpy(allowed),
+        torch.tensor(counts),
+        1e-3,
+        math.exp(-3),
+        math.exp(3),
+    )
+    for i, count in enumerate(counts):
+        wanted = pursuit(a[i], y[i], allowed[i], min(count, allowed[i].sum()), 3.0, 1e-3)
+        assert np.flatnonzero(got[i].numpy()).tolist() == sorted(wanted)
+
+
+def test_pursuit_takes_one_of_two_equal_columns():
+    """The two largest columns are the same; the third has what both lack."""
+    columns = torch.tensor([[1.0, 1.0, 0.0], [0.9, 0.9, 0.0], [0.0, 0.0, 0.5]]).double()
+    gram, target = columns.mT @ columns, columns.mT @ torch.ones(3).double()
+    got = pursued(gram[None], target[None], torch.ones(1, 3).bool(), torch.tensor([2]), 1e-3, 0.05, 20.0)
+    assert got[0, :2].sum() == 1 and bool(got[0, 2])
+
+
 # -- what it cannot work with
 
 
@@ -323,7 +376,7 @@ def test_without_its_second_pass_it_says_what_to_do():
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("references", 0), ("bound", 0), ("ridge", 0), ("queries", "no")]
+    ("option", "value"), [("references", 0), ("bound", 0), ("ridge", 0), ("queries", "no"), ("keys", "best")]
 )
 def test_options_out_of_their_range_are_refused(option, value):
     with pytest.raises(LowkeyError, match=option):
