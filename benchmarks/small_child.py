@@ -1,18 +1,17 @@
 """A small model for SmallKV: some layers of a model, briefly distilled from the whole of it.
 
-    python benchmarks/small_child.py MODEL OUT --data NOVEL.txt [--data ...] [--minutes 20 --layers 0,1,5,...]
+    python benchmarks/small_child.py MODEL OUT --data NOVEL.txt [--data ...] [--steps 120 --layers 0,1,5,...]
 
 The child keeps the model's embeddings, its head and the layers that are named. It learns the model's
 distribution of the next token (KL divergence), and the states between its layers that the model has at the
-same places. It writes a model folder. Work that is stopped goes on from its last save, a save every 20 steps;
-the time is the process's own. The embeddings and the head are not trained.
+same places. It writes a model folder. Work that is stopped at any moment goes on from its last save, to the
+same child; work of another model, text or number of steps is left alone. The embeddings and the head are not
+trained.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -21,45 +20,73 @@ import typer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey.core import text
+from lowkey.core import files, optimizer_state, text
+from lowkey.core.progress import Progress, bars
+from lowkey.models.fingerprint import data_fingerprint, model_fingerprint
 from lowkey.models.loading import load
 
-LENGTH, SAVE_EVERY, WARM_UP, RATE = 512, 20, 0.05, 1e-3
+WARM_UP, RATE = 0.05, 1e-3
 STATES = 2.0  # weight of the states beside the divergence
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
-def distil(
+def main(
     model: str,
     out: Path,
     data: Annotated[list[Path], typer.Option()],
-    minutes: float = 20,
+    steps: int = 120,
     layers: str = "0,1,5,10,15,20,25,29",
+    length: Annotated[int, typer.Option(help="tokens of a window")] = 512,
+    save_every: Annotated[int, typer.Option(help="steps between two saves")] = 20,
 ) -> None:
     """Distil and save the child."""
-    kept = [int(i) for i in layers.split(",")]
+    distil(model, out, data, steps, [int(i) for i in layers.split(",")], length, save_every, bars)
+
+
+def distil(
+    model: str,
+    out: Path,
+    data: list[Path],
+    steps: int,
+    kept: list[int],
+    length: int,
+    save_every: int,
+    progress: Progress,
+) -> None:
+    """See `main`."""
+    work = files.check_output(out, force=False)
     teacher, tokenizer = load(model, "auto", "cpu")
     student = child_of(teacher, kept)
-    optimizer = torch.optim.AdamW(
-        [p for p in student.parameters() if p.requires_grad], RATE, betas=(0.9, 0.95), weight_decay=0.0
-    )
-    step, spent = resume(out, student, optimizer)
-    windows = windows_of(data, tokenizer)
-    start = time.process_time() - spent
-    while (done := (time.process_time() - start) / (60 * minutes)) < 1:
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    windows = windows_of(data, tokenizer, length)
+    known = {"model_sha256": model_fingerprint(teacher), "data_sha256": data_fingerprint(windows)}
+    folder = files.job_folder(work, {**known, "layers": kept, "steps": steps})
+    done = 0
+    if (saved := files.read_work(folder, "training")) is not None:
+        done = int(saved["step"])
+        for name, p in trained.items():
+            p.data.copy_(files.checked_tensor(saved, f"parameter.{name}", p, folder))
+        optimizer_state.fill_state(optimizer, saved, str(folder))
+    for step in progress(range(done, steps), "distilling", steps - done):
+        share = step / steps
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (done + 1e-3) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * done))
+            group["lr"] = (
+                RATE * min(1.0, (step + 1) / (WARM_UP * steps)) * 0.5 * (1 + math.cos(math.pi * share))
+            )
         losses = learn(teacher, student, windows[step % len(windows)].unsqueeze(0), kept)
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step += 1
-        print(f"step {step}, {done:.0%}: divergence {losses[0]:.3f}, states {losses[1]:.3f}", flush=True)
-        if step % SAVE_EVERY == 0:
-            save(out, student, tokenizer, optimizer, step, time.process_time() - start)
-    save(out, student, tokenizer, optimizer, step, time.process_time() - start)
+        if (step + 1) % save_every == 0:
+            print(f"step {step + 1}: divergence {losses[0]:.3f}, states {losses[1]:.3f}", flush=True)
+            tensors = {f"parameter.{name}": p.detach() for name, p in trained.items()}
+            own = {"step": torch.tensor(step + 1), **optimizer_state.tensors_of(optimizer)}
+            files.write_work(folder, "training", tensors | own)
+    save(out, student, tokenizer)
+    files.remove_work(work)
 
 
 def child_of(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
@@ -81,12 +108,12 @@ def child_of(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
     return student.train()
 
 
-def windows_of(paths: list[Path], tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Windows (n, LENGTH) of all texts, shuffled."""
+def windows_of(paths: list[Path], tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
+    """Windows (n, length) of all texts, shuffled."""
     rows = []
     for path in paths:
         ids = torch.tensor(tokenizer(text.read_text(path, "data"), verbose=False).input_ids)
-        rows.append(ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH))
+        rows.append(ids[: len(ids) // length * length].view(-1, length))
     joined = torch.cat(rows)
     return joined[torch.randperm(len(joined), generator=torch.Generator().manual_seed(0))]
 
@@ -108,49 +135,16 @@ def learn(
         [((x.float() - y.float()).square().sum(-1) / y.float().square().sum(-1)).mean() for x, y in pairs[1:]]
     ).mean()
     (divergence + STATES * states).backward()
-    return float(divergence), float(states)
+    return divergence.item(), states.item()
 
 
-def save(
-    out: Path,
-    student: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    spent: float,
-) -> None:
-    """Write the model folder, and what the next start goes on from."""
+def save(out: Path, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the model folder, whole or not at all."""
     student.config.dtype = torch.bfloat16  # in which it is loaded
     half = {name: t.to(torch.bfloat16) for name, t in student.state_dict().items()}
-    student.save_pretrained(out, state_dict=half)
-    tokenizer.save_pretrained(out)
-    state = {
-        f"{i}.{name}": t for i, own in optimizer.state_dict()["state"].items() for name, t in own.items()
-    }
-    weights = {f"model.{name}": p.detach() for name, p in student.named_parameters() if p.requires_grad}
-    from safetensors.torch import save_file
-
-    save_file({name: t.contiguous() for name, t in (state | weights).items()}, out / "work.safetensors")
-    (out / "work.json").write_text(json.dumps({"step": step, "seconds": spent}))
-
-
-def resume(out: Path, student: PreTrainedModel, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-    """Read what `save` wrote; returns (steps, seconds) so far."""
-    if not (out / "work.json").exists():
-        return 0, 0.0
-    from safetensors.torch import load_file
-
-    tensors = load_file(out / "work.safetensors")
-    weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-    student.load_state_dict(weights, strict=False)
-    state: dict[int, dict] = {}
-    for name, t in tensors.items():
-        if not name.startswith("model."):
-            index, _, part = name.partition(".")
-            state.setdefault(int(index), {})[part] = t
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    about = json.loads((out / "work.json").read_text())
-    return about["step"], about["seconds"]
+    with files.replacing_folder(out) as temporary:
+        student.save_pretrained(temporary, state_dict=half)
+        tokenizer.save_pretrained(temporary)
 
 
 if __name__ == "__main__":

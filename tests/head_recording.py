@@ -9,6 +9,7 @@ import torch
 from lowkey.core.types import LowkeyError
 from lowkey.heads.retrieval import estimate_heads
 from lowkey.heads.scores import HeadScores
+from lowkey.heads.writing_chains import ChainJob
 
 TEXT = "It was a bright cold day in April, and the clocks were striking. " * 40
 
@@ -57,3 +58,13 @@ def small(model, kind="r2", **changes) -> HeadScores:
     """Head scores of a pico model, estimated on ten short cases."""
     given = {"task": "facts", "haystack": TEXT, "cases": 10, "lengths": (200, 230), "depths": 3}
     return estimate_heads(model, pico.tokenizer(), kind=kind, **given | changes)
+
+
+def let_chains_count(monkeypatch) -> None:
+    """All cases of chains are solved from now on, and answers with even first tokens are right."""
+    monkeypatch.setattr(
+        ChainJob, "_solved", lambda self, progress: torch.ones(len(self.chains), dtype=torch.bool)
+    )
+    monkeypatch.setattr(
+        ChainJob, "rewards", lambda self, chains, answers: (answers.ids[:, 0] % 2 == 0).float()
+    )

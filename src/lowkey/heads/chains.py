@@ -59,8 +59,8 @@ class ChainTask(Checked):
         super().__post_init__()
         if not self.shortest <= self.longest <= self.pairs:
             raise LowkeyError(
-                f"shortest {self.shortest}, longest {self.longest}, pairs {self.pairs}: must not fall in "
-                "this order; give longer tables or shorter chains"
+                f"shortest {self.shortest}, longest {self.longest}, pairs {self.pairs}: a chain "
+                "takes from shortest to longest pairs of the table; give more pairs or shorter chains"
             )
 
 

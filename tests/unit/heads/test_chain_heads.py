@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
-import time
 
 import pytest
 import torch
@@ -36,17 +33,6 @@ TRAININGS = {
 @pytest.fixture(scope="module")
 def tiny():
     return load("tiny", "float32", "cpu")
-
-
-@pytest.fixture
-def willing(monkeypatch):
-    """`tiny` follows no chains: here all cases are solved, and answers with even first tokens are right."""
-    monkeypatch.setattr(
-        ChainJob, "_solved", lambda self, progress: torch.ones(len(self.chains), dtype=torch.bool)
-    )
-    monkeypatch.setattr(
-        ChainJob, "rewards", lambda self, chains, answers: (answers.ids[:, 0] % 2 == 0).float()
-    )
 
 
 def run(kind, tiny, work=None, training=None, seed=0, progress=None):
@@ -246,29 +232,6 @@ def test_stopped_training_ends_with_the_same_gates(kind, after, tiny, willing, t
     assert torch.equal(again.values, whole.values) and again.settings == whole.settings
     if kind != "ablation":
         assert len(begun) == 4 - after
-
-
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_killed_training_ends_with_the_same_gates(tiny, willing, tmp_path):
-    whole, work = run("reward", tiny), tmp_path / "work"
-
-    def slowly(items, *args):
-        for item in items:
-            yield item
-            time.sleep(0.3)
-
-    number = os.fork()
-    if not number:
-        try:
-            run("reward", tiny, work, progress=slowly)
-        finally:
-            os._exit(0)
-    while not list(work.glob("*/training.safetensors")):
-        time.sleep(0.01)
-    os.kill(number, signal.SIGKILL)
-    assert os.WIFSIGNALED(os.waitpid(number, 0)[1])
-    again = run("reward", tiny, work)
-    assert torch.equal(again.values, whole.values) and again.settings == whole.settings
 
 
 def test_another_seed_or_option_is_another_job(tiny, willing, tmp_path):
