@@ -55,7 +55,8 @@ def stream_text(
         `text`; `new_tokens`; `tokens_per_s`; `bytes_held`, of the cache at the end; `bytes_full`, of
         transformers' own cache with as many tokens. With `draft` also `verifications` and
         `accepted_per_verification`. Beside a small model also `bytes_small_cache`, which `bytes_held`
-        includes, and `bytes_small_weights`, which it does not.
+        includes, `bytes_small_weights`, which it does not, and `bytes_host`, the part of `bytes_held` that
+        was moved to host memory.
 
     Raises:
         LowkeyError: for an empty prompt, or for more tokens than the model has positions.
@@ -108,6 +109,7 @@ def _summary(
         beside = {
             "bytes_small_cache": cache.small_nbytes(),
             "bytes_small_weights": cache.small_weights_nbytes(),
+            "bytes_host": cache.host_nbytes(),
         }
     return {
         "text": tokenizer.decode(new, skip_special_tokens=True),

@@ -40,6 +40,7 @@ from lowkey.storage.guided import GuidedLayer
 from lowkey.storage.matching import MatchingLayer
 from lowkey.storage.mixed import MixedLayer
 from lowkey.storage.observed import Observed, ObservedLayer
+from lowkey.storage.offloading import OffloadingLayer
 from lowkey.storage.packing import Scheme, scheme_or_none
 from lowkey.storage.pooling import PoolingLayer
 from lowkey.storage.pruning import PruningLayer
@@ -53,6 +54,7 @@ EVICTING_LAYERS: dict[str, type[EvictingLayer]] = {
     "pruning": PruningLayer,
     "mixed": MixedLayer,
     "guided": GuidedLayer,
+    "offloading": OffloadingLayer,
     "value-rows": ValueRowsLayer,
     "matching": MatchingLayer,
     "pooling": PoolingLayer,

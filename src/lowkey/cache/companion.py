@@ -16,6 +16,7 @@ from lowkey.core import text
 from lowkey.core.types import LowkeyError
 from lowkey.models import families
 from lowkey.policies.base import Policy
+from lowkey.storage.base import StoringLayer
 from lowkey.storage.evicting import EvictingLayer
 from lowkey.storage.observed import ObservedLayer
 from lowkey.storage.rollback import Snapshot, storage_bytes
@@ -56,6 +57,10 @@ class CompanionCache(ContinuableCache):
         """The bytes of the small model's weights, which no cache holds; 0 without such a model."""
         model = self.small_model() if self.small_model is not None else None
         return 0 if model is None else storage_bytes(model.parameters())
+
+    def host_nbytes(self) -> int:
+        """The part of `nbytes` that was moved to host memory (`-O offload=true` of `smallkv-tokens`)."""
+        return sum(layer.host_nbytes() for layer in self.layers if isinstance(layer, StoringLayer))
 
     @contextmanager
     def reading(self, ids: Tensor) -> Iterator[None]:

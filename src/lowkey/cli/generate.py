@@ -169,4 +169,5 @@ def generate(
         note(
             f"of these, {summary['bytes_small_cache']:,} bytes are the small model's cache; its weights take "
             f"{summary['bytes_small_weights']:,} more"
+            + (f"; {summary['bytes_host']:,} lie in host memory" if summary["bytes_host"] else "")
         )

@@ -29,6 +29,7 @@ def record_footprint(setting: Setting, cache: LowkeyCache, measured: Measured) -
     if cache.small is not None:
         held["bytes_small_cache"] = cache.small_nbytes()
         held["bytes_small_weights"] = cache.small_weights_nbytes()
+        held["bytes_host"] = cache.host_nbytes()
     measured.once(f"bytes {setting.name}", lambda: held)
 
 
@@ -76,5 +77,7 @@ def measure_footprint(
         }
         if record["kept_per_head"]:  # settings without a policy keep every token
             rows[name]["kept_per_head"] = record["kept_per_head"]
-        rows[name] |= {field: n for field, n in record.items() if field.startswith("bytes_small")}
+        rows[name] |= {
+            field: n for field, n in record.items() if field.startswith(("bytes_small", "bytes_host"))
+        }
     return rows

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
+from lowkey.core.budget import Budget
 from lowkey.core.errors import LowkeyError
 from lowkey.core.options import option
 from lowkey.ops.matching import head_overlaps
@@ -34,13 +35,20 @@ class SmallKVTokens(Policy):
         matched_queries: number of newest queries by whose attention heads are matched (default 128).
         matched_share: share of the tokens that count as those of most attention (default 0.1). The first 4
             and the newest 16 tokens are left out, since every head looks at them.
+        offload: move what is dropped to host memory, from where a later eviction (`every`) may bring it back,
+            as in the paper (default False: it is gone). Host memory then holds all tokens that are not kept,
+            and `nbytes` counts them (`host_nbytes`); the budget is of what is kept, and counts no bytes.
+
+    Raises:
+        LowkeyError: as the base class; `offload` with a budget of bytes.
 
     It needs `make_cache(small=...)`. Sequences of a batch have heads matched by themselves, and cannot be
     padded.
 
     Source: arXiv:2508.02751. The paper matches by 100 to 200 tokens of the prompt and does not say how many
-    tokens count as those of most attention. Where we differ: what the large model drops is gone, while the
-    paper moves it to host memory and may bring it back; the mean over the query heads of a KV head lets a KV
+    tokens count as those of most attention. Where we differ: without `offload`, what the large model drops is
+    gone; with it, tokens move when an eviction has chosen, while the paper fetches them as the small model
+    reads the next token; the mean over the query heads of a KV head lets a KV
     head store each token once.
     """
 
@@ -55,6 +63,28 @@ class SmallKVTokens(Policy):
     kernel: int = option(1, odd=True, at_least=1, at_most=4095)
     matched_queries: int = option(128, at_least=1, at_most=2**24)
     matched_share: float = option(0.1, above=0, at_most=1)
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.offload:
+            return
+        name = type(self).__name__
+        if isinstance(self.budget, Budget) and self.budget.unit not in ("%", "tokens"):
+            raise LowkeyError(
+                f"budget {self.budget} with offload of {name}: host memory holds what is not kept, so that "
+                "no number of bytes bounds it; give a share like '25%' or a number like '512 tokens'"
+            )
+        if self.holds_values:
+            raise LowkeyError(
+                f"offload of {name}: its second tier keeps values without keys; leave it out, or use "
+                "smallkv-tokens"
+            )
+
+    @property
+    def storing_layer(self) -> str:
+        """See `Policy.storing_layer`."""
+        return "offloading" if self.offload else super().storing_layer
 
     def match(self, own: Tensor, small: Tensor, tokens: int) -> Tensor:
         """The number of the small model's head for each head of the large one.

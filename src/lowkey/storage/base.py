@@ -64,6 +64,10 @@ class StoringLayer(RestorableLayer):
         """The bytes of the storages that are really held."""
         return storage_bytes(self.tensors().values())
 
+    def host_nbytes(self) -> int:
+        """The part of `nbytes` that lies in host memory by choice, wherever the model is."""
+        return 0
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Any, Any]:
