@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-SMALLEST = 1e-12  # what is left of a column that others span, as a share of its own square
+LEAST_LEFT = 1e-12  # what is left of a column that others span, as a share of its own square
 
 
 def pursued(
@@ -54,7 +54,7 @@ def pursued(
         own = squares[row, j] + ridge
         left = own - across.square().sum((1, 2))
         factor[:, k, :k] = across[..., 0]
-        factor[:, k, k] = left.maximum(SMALLEST * own).clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
+        factor[:, k, k] = left.maximum(LEAST_LEFT * own).clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
         x = torch.cholesky_solve(goal[:, : k + 1], factor[:, : k + 1, : k + 1]).clamp(low, high)
         rest = target - (x.mT @ columns[:, : k + 1])[:, 0]
     counted = torch.arange(most, device=gram.device) < counts.unsqueeze(1)

@@ -29,9 +29,7 @@ from lowkey.storage.flaws import first_flaw, packed_rows_flaw, rows_flaw, unlike
 from lowkey.storage.packing import scheme
 from lowkey.storage.reading import reads_in_place
 from lowkey.storage.rebuilding import Rotation
-from lowkey.storage.rows import Rows, pack_rows, select_row_numbers, select_tokens, tokens_of_dense
-
-POSITIONS = 2**32  # more than there are positions
+from lowkey.storage.rows import POSITIONS, Rows, pack_rows, select_row_numbers, select_tokens, tokens_of_dense
 
 
 class MixedLayer(EvictingLayer):

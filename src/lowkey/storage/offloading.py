@@ -23,9 +23,7 @@ from lowkey.storage.codec import Codec
 from lowkey.storage.exact import Exact, SinkPoints
 from lowkey.storage.guided import GuidedLayer
 from lowkey.storage.packing import Packing
-from lowkey.storage.rows import Rows, tokens_of_dense
-
-POSITIONS = 2**32  # more than there are positions
+from lowkey.storage.rows import POSITIONS, Rows, tokens_of_dense
 
 
 class OffloadingLayer(GuidedLayer):

@@ -24,6 +24,8 @@ from lowkey.ops.ragged import join_rows, row_of, select_rows, starts_of
 from lowkey.storage.codec import Codec
 from lowkey.storage.packing import Packing
 
+POSITIONS = 2**32  # more than there are positions
+
 
 @dataclass(frozen=True)
 class Rows:
