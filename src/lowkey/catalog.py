@@ -7,7 +7,7 @@ or `package.module:Class` for a class of the user's own.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from lowkey.core.types import Budget, LowkeyError
 from lowkey.methods import METHODS, Method
 from lowkey.policies import POLICIES
 from lowkey.policies.base import Policy
+from lowkey.policies.press import adapted
 
 # What a class of the user's own must have.
 METHOD_STAGES = ("has_fit", "fit", "has_tune", "tune", "has_finish", "finish")
@@ -71,7 +72,7 @@ def make_policy(
     """Make an eviction policy.
 
     Args:
-        name: a key of POLICIES or `package.module:Class`.
+        name: a key of POLICIES or `package.module:Class`, a policy or a press (see `lowkey.policies.press`).
         budget: what is kept; None for the policy's own.
         given: options as text, by name. An option that the policy does not have is one of its allocator.
         split: options as text of the allocator alone.
@@ -79,7 +80,7 @@ def make_policy(
     Raises:
         LowkeyError: for an unknown name, option or value.
     """
-    make: Any = POLICIES.get(name) or _import_class("policy", name, POLICIES, POLICY_PARTS)
+    make: Any = POLICIES.get(name) or _import_class("policy", name, POLICIES, POLICY_PARTS, adapted)
     # some names are a class with options of their own set by functools.partial
     kind = getattr(make, "func", make)
     what, split = f"policy {name!r}", split or {}
@@ -110,7 +111,13 @@ def _made(what: str, kind: Any, given: Mapping[str, str]) -> Any:
     return made
 
 
-def _import_class(what: str, name: str, table: Mapping[str, Any], needed: Sequence[str]) -> Any:
+def _import_class(
+    what: str,
+    name: str,
+    table: Mapping[str, Any],
+    needed: Sequence[str],
+    adapt: Callable[[Any, str], Any] = lambda kind, name: kind,
+) -> Any:
     """Return the dataclass that `package.module:Class` names.
 
     Args:
@@ -118,6 +125,7 @@ def _import_class(what: str, name: str, table: Mapping[str, Any], needed: Sequen
         name: the name that was given.
         table: the names that are known without importing anything.
         needed: attributes that the class must have.
+        adapt: makes such a class of another, given its name.
 
     Raises:
         LowkeyError: if the name is unknown, cannot be imported, or is something else.
@@ -133,6 +141,7 @@ def _import_class(what: str, name: str, table: Mapping[str, Any], needed: Sequen
         raise LowkeyError(
             f"{what} {name!r} cannot be imported ({problem}); give package.module:Class"
         ) from error
+    kind = adapt(kind, name)
     if not (isinstance(kind, type) and is_dataclass(kind) and all(hasattr(kind, part) for part in needed)):
         raise LowkeyError(
             f"{what} {name!r} is not a suitable class; give a dataclass with {', '.join(needed)}"

@@ -147,6 +147,11 @@ class Incoming:
     keys: Tensor
     values: Tensor
 
+    @property
+    def shape(self) -> torch.Size:
+        """That of the keys: libraries that wrap every attention function compare it with the queries'."""
+        return self.keys.shape
+
 
 def cast_for_autocast(x: Tensor) -> Tensor:
     """A tensor in the dtype that autocast, if it is on, gives the arguments of attention.
@@ -194,13 +199,13 @@ def attention(
     key: Tensor | Incoming,
     value: Any,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
     softcap: float | None = None,
     position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention with transformers' signature.
+    """Attention with the signature of transformers' SDPA function.
 
     Args:
         module: the attention module that calls.
@@ -208,8 +213,8 @@ def attention(
         key: (b, h, s, d), or the `Incoming` that a layer of ours returned.
         value: the same.
         attention_mask: (b|1, 1|H, t, s), boolean; None for causal attention.
-        scaling: what scores are multiplied with; None for d ** -0.5.
         dropout: for stock caches.
+        scaling: what scores are multiplied with; None for d ** -0.5.
         softcap: the soft cap of scores, or None.
         position_ids: (b|1, t), of the new tokens.
         **kwargs: passed on to SDPA for stock caches.
