@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from types import SimpleNamespace
 
+import pico
 import pytest
 from recall_models import FakeCache, chatting
 
+from lowkey.catalog import make_policy
 from lowkey.core.progress import silent
 from lowkey.core.types import LowkeyError
 from lowkey.evaluate import behaviour
@@ -19,11 +21,12 @@ from lowkey.evaluate.behaviour import (
     measure_behaviour,
     rules_held,
 )
-from lowkey.evaluate.settings import Setting, row_identity
+from lowkey.evaluate.settings import Setting, evicted, full, row_identity
 from lowkey.suites.hiding import words_of
 
 TEXT = "It was a bright cold day in April, and the clocks were striking. " * 20
 WORDS = words_of(TEXT)
+CONTEXT = 460  # of the small model, which reads at most 512
 BY_HAND = {  # rule: (answer, word, whether it holds)
     "begin": [("Heron: it is about a clock.", "heron", True), ("The heron.", "heron", False)],
     "end": [("It is about a heron!", "heron", True), ("A heron is here.", "heron", False)],
@@ -79,7 +82,7 @@ def test_what_was_told_stands_before_the_text():
     assert len(told["instructions"][1].case.rules) == 3
 
 
-def test_a_template_without_a_system_prompt_gets_its_words_with_the_user_s():
+def test_system_words_go_to_the_user_where_no_role_has_them():
     tokenizer = chatting()
     refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     tokenizer.chat_template = refusing + tokenizer.chat_template
@@ -139,6 +142,15 @@ def test_a_model_that_follows_nothing_is_no_evidence(measured):
     rows = measured("x " * 12, "y")
     assert rows["full"]["behaviour_evidence"] is False
     assert "too few to tell caches apart" in rows["full"]["behaviour_note"]
+
+
+def test_a_policy_holds_its_budget_when_the_answer_begins():
+    model = pico.attached("llama")
+    settings = [full(model), evicted(model, make_policy("snapkv", "30%", {}, {}), "snapkv", CONTEXT)]
+    rows = measure_behaviour(model, pico.tokenizer(), settings, TEXT, CONTEXT, 1, 0, silent)
+    kept = next(v for k, v in rows.items() if k != "full")["behaviour_kept"]
+    assert 0.30 <= kept <= 0.30 * (1 + 8 / 128) + 0.01  # 2 x 16 numbers in fp32, and a position and a score
+    assert rows["full"]["behaviour_kept"] == 1
 
 
 def test_rules_of_a_case_are_scored_one_by_one():
