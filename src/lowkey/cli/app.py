@@ -42,6 +42,7 @@ from lowkey.cli.help import PanelCommand, PanelGroup, UsageError, with_help
 from lowkey.core.errors import LowkeyError
 from lowkey.core.options import Range, checked, nearest_name, shown
 from lowkey.core.printable import printable
+from lowkey.core.processes import launched
 from lowkey.version import __version__
 
 BEFORE = "Options before the command"
@@ -148,12 +149,10 @@ def main() -> None:
     _open_streams()
     try:
         _check_words(sys.argv)
-        status = app(prog_name="lowkey", standalone_mode=False)
+        status = _run()
         sys.stdout.flush()
     except LowkeyError as error:
         _fail(str(error), 2)
-    except UsageError as error:
-        _fail(_usage(error), 2)
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     except BrokenPipeError:  # the reader of the output has closed it, as `head` does
@@ -181,6 +180,15 @@ def main() -> None:
             130,
         )
     sys.exit(status or 0)
+
+
+def _run() -> Any:
+    """Run the command, as one of several processes if a launcher started them; one of them tells errors."""
+    with launched() as processes:
+        try:
+            return app(prog_name="lowkey", standalone_mode=False, obj=processes)
+        except UsageError as error:
+            raise LowkeyError(_usage(error)) from None
 
 
 def _open_streams() -> None:

@@ -44,6 +44,7 @@ from lowkey.cli.options import (
 )
 from lowkey.core import files, text
 from lowkey.core.errors import LowkeyError
+from lowkey.core.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,6 +59,7 @@ RECALL_FORMS = "; ".join(f"{name}: {summary}" for name, summary in choices.RECAL
 
 
 def eval_(
+    session: typer.Context,
     model: Model,
     plan: Annotated[
         list[Path] | None,
@@ -205,7 +207,7 @@ def eval_(
 
     The full cache, plans, policies and packed integers are measured on the same text, with one row for each
     policy and budget. With --plan, policies evict on top of it. Interrupted work resumes when the same
-    command is given again.
+    command is given again. Under `accelerate launch` several processes share the samples.
     """
     names = [name for item in task or choices.USUAL_TASKS for name in item.split(",")]
     for name in names:
@@ -231,13 +233,14 @@ def eval_(
     work = files.work_beside(place)
 
     from lowkey.cli.loading import head_scores, learnt_gates, make_policies, open_model, open_small_model
-    from lowkey.cli.tables import notes, show_rows
     from lowkey.core.progress import bars
     from lowkey.evaluate.result import Task, evaluate, evaluation_job
     from lowkey.evaluate.settings import distinct, evicted, full
     from lowkey.plan.plan import Plan
 
     policies = make_policies(policy, budget, option, allocator_option)
+    processes: Processes = session.obj or ALONE
+    device = processes.device(device)
     loaded, tokenizer = open_model(model, dtype, device)
     small = open_small_model(small_model, policies, tokenizer, dtype, device)
     context = _usual_context(loaded, names) if context is None else context
@@ -260,14 +263,22 @@ def eval_(
     if out is None:
         job = evaluation_job(loaded, tokenizer, distinct(settings), what, names)
         place, work = _interrupted_result(f"eval-{Path(model).name}-", job) or (place, work)
-    result = evaluate(loaded, tokenizer, settings, what, names, bars, work)
+    result = evaluate(loaded, tokenizer, settings, what, names, bars, work, processes)
+    if processes.main:
+        _write_result(result, place, work, as_json, _perplexity_notes(settings, names))
+
+
+def _write_result(result: dict, place: Path, work: Path, as_json: bool, lines: Sequence[str]) -> None:
+    """Write a result to its file, and show it with further lines. The work that led to it is removed."""
+    from lowkey.cli.tables import notes, show_rows
+
     files.write_json(place, result, "result")
     files.remove_work(work)
     if as_json:
         print(json.dumps(result))
     else:
         show_rows(result)
-    for line in (f"result written to {place}", *_perplexity_notes(settings, names), *notes(result)):
+    for line in (f"result written to {place}", *lines, *notes(result)):
         note(line)
 
 

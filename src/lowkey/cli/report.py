@@ -21,15 +21,24 @@ def report(
         Path,
         typer.Option("--out", "-o", metavar="FILE", help="the HTML file to write", rich_help_panel=OUTPUT),
     ] = Path("report.html"),
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="compare settings sample by sample: frontier, differences with intervals, wins and losses",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write one HTML page from result files.
 
-    The page is a single file without external parts, so that it can be sent to others.
+    The page is a single file without external parts, so that it can be sent to others. With --compare, it
+    also links to the result files.
     """
-    from lowkey.report import write_report
+    from lowkey.report import write_comparison, write_report
 
-    place = write_report(results, out)
+    place = (write_comparison if compare else write_report)(results, out)
     if as_json:
         print(json.dumps({"report": str(place)}))
     else:

@@ -60,11 +60,12 @@ def measure_footprint(
     """
     measured = measured or Measured()
     todo = [s for s in settings if f"bytes {s.name}" not in measured]
-    for setting in progress(todo, lambda s: f"bytes, {s.name}"):
+    for setting in progress(measured.share(todo), lambda s: f"bytes, {s.name}"):
         cache = setting.make()
         # one that is shown the answer takes the last token for it
         prefill(model, tokenizer, cache, ids.to(device_of(model)), question=int(setting.sees_answer))
         record_footprint(setting, cache, measured)
+    measured.gather()
     records = {s.name: measured[f"bytes {s.name}"] for s in settings}
     full = records[settings[0].name]["bytes_held"]
     rows = {}

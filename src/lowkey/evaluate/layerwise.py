@@ -46,7 +46,11 @@ def measure_layers(
     """
     measured, shape = measured or Measured(), families.geometry(model)
     settings = [s for s in settings if not s.evicts]
-    todo = {i: [s for s in settings if f"layers {i} {s.name}" not in measured] for i in shape.compressible}
+    # every process walks through the layers, with the settings that it takes
+    own = measured.share(
+        s for s in settings if any(f"layers {i} {s.name}" not in measured for i in shape.compressible)
+    )
+    todo = {i: [s for s in own if f"layers {i} {s.name}" not in measured] for i in shape.compressible}
     if any(todo.values()):
         # Layers are walked in order, because the exact outputs of one are the inputs of the next.
         for i, inputs in progress(layer_inputs(model, rows, batch), "layer error", shape.layers):
@@ -55,6 +59,7 @@ def measure_layers(
             probe = LayerProbe.of(model, i, "post_rope", inputs, 0, batch)
             for setting in todo[i]:
                 measured.once(f"layers {i} {setting.name}", partial(_compare, probe, setting, batch))
+    measured.gather()
     means = {}
     for setting in settings:
         pairs = [measured[f"layers {i} {setting.name}"] for i in shape.compressible]

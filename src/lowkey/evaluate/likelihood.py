@@ -54,16 +54,18 @@ def measure_likelihood(
         By setting, what `row` gives. `kl` is KL(reference || setting) in nats per token.
     """
     measured, scored = measured or Measured(), [s for s in settings if not s.needs_second_pass]
-    todo = [(w, s) for w in range(len(rows)) for s in scored if _name(w, s) not in measured]
+    windows = [w for w in range(len(rows)) if any(_name(w, s) not in measured for s in scored)]
+    todo = [(w, s) for w in measured.share(windows) for s in scored if _name(w, s) not in measured]
     reference: tuple[int, Reference] | None = None  # with the number of its window
     # Windows are the outer loop, so that only one window's logits are held.
     for w, setting in progress(todo, lambda unit: f"perplexity, {unit[1].name}"):
         ids = rows[w : w + 1].to(device_of(model))
         if reference is None or reference[0] != w:
             reference = None  # frees the logits of the window before
-            reference = w, Reference(_logits(model, settings[0], ids, measured))
-        score = partial(_scored, model, setting, settings[0], reference[1], ids, measured)
+            reference = w, Reference(_logits(model, settings[0], ids, None if w else measured))
+        score = partial(_scored, model, setting, settings[0], reference[1], ids, None if w else measured)
         measured.once(_name(w, setting), score)
+    measured.gather()
     return {s.name: row([measured[_name(w, s)] for w in range(len(rows))]) for s in scored}
 
 
@@ -73,7 +75,7 @@ def _scored(
     first: Setting,
     reference: Reference,
     ids: Tensor,
-    measured: Measured,
+    measured: Measured | None,
 ) -> dict:
     """Sums of one window under one setting. The first setting is scored by its own logits."""
     targets = ids[0, 1:]
@@ -87,15 +89,15 @@ def _name(window: int, setting: Setting) -> str:
     return f"perplexity {window} {setting.name}"
 
 
-def _logits(model: PreTrainedModel, setting: Setting, ids: Tensor, measured: Measured) -> Tensor:
-    """Logits (t - 1, V) of every token but the last, which has no successor."""
+def _logits(model: PreTrainedModel, setting: Setting, ids: Tensor, measured: Measured | None) -> Tensor:
+    """Logits (t - 1, V) of every token but the last, which has no successor. `measured` takes the bytes."""
     cache = setting.make()
     pieces = ids.split(TOKENS_PER_PIECE, dim=1) if setting.evicts else [ids]
     logits = []
     for piece in pieces:
         with cache.reading(piece):
             logits.append(model(piece, past_key_values=cache).logits[0])
-    if not setting.evicts:
+    if measured is not None and not setting.evicts:
         footprint.record_footprint(setting, cache, measured)
     return (logits[0] if len(logits) == 1 else torch.cat(logits))[:-1]
 
@@ -221,12 +223,14 @@ def measure_decode(
         measured: earlier measurements of the same job.
 
     Returns:
-        By setting, `perplexity_decode`; `kl_decode`, KL(reference || setting) in nats per token; and
-        `kl_decode_95`, half of its 95 % interval over windows, or None for fewer than three.
+        By setting, `perplexity_decode`; `kl_decode`, KL(reference || setting) in nats per token;
+        `kl_decode_95`, half of its 95 % interval over windows, or None for fewer than three; and
+        `per_window_decode`, sums over the scored tokens of each window.
     """
     measured = measured or Measured()
     names = {(w, s.name): f"decoding {w} {s.name}" for w in range(len(rows)) for s in settings}
-    todo = [(w, s) for w in range(len(rows)) for s in settings if names[w, s.name] not in measured]
+    windows = [w for w in range(len(rows)) if any(names[w, s.name] not in measured for s in settings)]
+    todo = [(w, s) for w in measured.share(windows) for s in settings if names[w, s.name] not in measured]
     reference: tuple[int, Reference] | None = None
     for w, setting in progress(todo, lambda unit: f"decode, {unit[1].name}"):
         ids = rows[w : w + 1].to(device_of(model))
@@ -235,12 +239,14 @@ def measure_decode(
             reference = w, Reference(_decoded_logits(model, tokenizer, settings[0].make(), ids))
         score = partial(_decoded, model, tokenizer, setting, settings[0], reference[1], ids)
         measured.once(names[w, setting.name], score)
+    measured.gather()
     found = {s.name: row([measured[names[w, s.name]] for w in range(len(rows))]) for s in settings}
     return {
         name: {
             "perplexity_decode": own["perplexity"],
             "kl_decode": own["kl"],
             "kl_decode_95": own["kl_95"],
+            "per_window_decode": own["per_window"],
         }
         for name, own in found.items()
     }

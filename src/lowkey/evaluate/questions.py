@@ -20,13 +20,12 @@ from importlib.resources import files as package_files
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey.cache.cache import LowkeyCache
+from lowkey.core.files.measured import Measured
 from lowkey.core.progress import Progress
 from lowkey.core.types import LowkeyError
 from lowkey.evaluate.asking import (
     Frame,
-    Once,
     Written,
-    anew,
     check_budgets,
     read_context,
     tensor_of,
@@ -218,7 +217,7 @@ def measure_questions(
     progress: Progress,
     refeed: bool = True,
     paragraphs: Sequence[Paragraph] | None = None,
-    once: Once = anew,
+    measured: Measured | None = None,
 ) -> dict[str, dict]:
     """Share of the questions that the full cache answers which a setting answers too.
 
@@ -235,12 +234,13 @@ def measure_questions(
         progress: shows progress.
         refeed: whether a question is asked again over what a setting kept; see `recall.measure_recall`.
         paragraphs: the paragraphs; None for the embedded ones.
-        once: gives an earlier measurement of the same name, or measures.
+        measured: earlier measurements of the same job.
 
     Returns:
         By setting: `questions`, the share; `questions_right` of `questions_of`; `questions_kept`, bytes held
-        with the question when an answer began, as a share of the control's; and `questions_evidence`, whether
-        there are at least `LEAST_QUESTIONS` questions. The control's row also has `questions_asked`, how
+        with the question when an answer began, as a share of the control's; `per_question`, 1 for each right
+        answer and 0 for each wrong one; and `questions_evidence`, whether there are at least
+        `LEAST_QUESTIONS` questions. The control's row also has `questions_asked`, how
         often it was asked; `questions_items`, the numbers of what it answered; and, if these are too few,
         `questions_note`.
     """
@@ -248,7 +248,7 @@ def measure_questions(
     deck = embedded_paragraphs() if paragraphs is None else paragraphs
     asker = _Asker(model, tokenizer, frame, full, refeed)
     kept: dict[int, tuple[str, Text, Item]] = {}  # by the item's number
-    answers: dict[str, list[dict]] = {s.name: [] for s in settings}
+    measured = measured or Measured()
     asked = 0
     for deal in range(DEALS):
         # Each deal has a seed of its own, far from those of a user's neighbouring seeds.
@@ -257,21 +257,16 @@ def measure_questions(
             longest = max((_question(frame, item) for item in text.items), key=len)
             check_budgets(settings, refeed, len(text.ids) + len(longest), len(longest))
         every = [(text, item) for text in texts for item in text.items if item.number not in kept]
-        for text, item in progress(every, f"questions, {full.name}"):
-            name = f"questions {deal} {item.number}"
-            answer = once(f"{name} {full.name}", lambda: asker.ask(text, item))  # noqa: B023
-            asked += 1
-            if answer["right"]:
-                kept[item.number] = name, text, item
-                answers[full.name].append(answer)
-            if len(kept) == wanted:
-                break
+        asked += _ask_control(asker, deal, every, wanted, kept, progress, measured)
         if len(kept) == wanted or len(kept) == before:
             break
     for setting in others:
         asker = _Asker(model, tokenizer, frame, setting, refeed)
-        for name, text, item in progress(list(kept.values()), f"questions, {setting.name}"):
-            answers[setting.name].append(once(f"{name} {setting.name}", lambda: asker.ask(text, item)))  # noqa: B023
+        todo = [case for case in kept.values() if f"{case[0]} {setting.name}" not in measured]
+        for name, text, item in progress(measured.share(todo), f"questions, {setting.name}"):
+            measured.once(f"{name} {setting.name}", lambda: asker.ask(text, item))  # noqa: B023
+    measured.gather()
+    answers = {s.name: [measured[f"{name} {s.name}"] for name, *_ in kept.values()] for s in settings}
     rows = {name: _row(own, answers[full.name]) for name, own in answers.items()}
     rows[full.name] |= {"questions_asked": asked, "questions_items": list(kept)}
     if len(kept) < LEAST_QUESTIONS:
@@ -285,6 +280,46 @@ def measure_questions(
             f"apart; {remedy}"
         )
     return rows
+
+
+def _ask_control(
+    asker: _Asker,
+    deal: int,
+    every: Sequence[tuple[Text, Item]],
+    wanted: int,
+    kept: dict[int, tuple[str, Text, Item]],
+    progress: Progress,
+    measured: Measured,
+) -> int:
+    """Ask the control until it has answered enough questions.
+
+    Args:
+        asker: of the control.
+        deal: number of the deal.
+        every: the questions.
+        wanted: number of answers that are enough.
+        kept: what was answered, which is added to.
+        progress: shows progress.
+        measured: earlier measurements of the same job.
+
+    Returns:
+        How many questions were asked.
+    """
+    # each process asks one question at a time, and what comes behind the last one wanted does not count
+    asked, at_once, name = 0, measured.processes.count, asker.setting.name
+    blocks = [every[i : i + at_once] for i in range(0, len(every), at_once)]
+    for block in progress(blocks, f"questions, {name}"):
+        for text, item in measured.share(block):
+            measured.once(f"questions {deal} {item.number} {name}", lambda: asker.ask(text, item))  # noqa: B023
+        measured.gather()
+        for text, item in block:
+            key = f"questions {deal} {item.number}"
+            asked += 1
+            if measured[f"{key} {name}"]["right"]:
+                kept[item.number] = key, text, item
+            if len(kept) == wanted:
+                return asked
+    return asked
 
 
 def _length(model: PreTrainedModel) -> int:
@@ -310,4 +345,5 @@ def _row(answers: list[dict], full: list[dict]) -> dict:
         "questions_of": total,
         "questions_kept": kept,
         "questions_evidence": total >= LEAST_QUESTIONS,
+        "per_question": [int(a["right"]) for a in answers],
     }

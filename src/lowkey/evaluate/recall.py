@@ -16,9 +16,10 @@ from functools import partial
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowkey.core.files.measured import Measured
 from lowkey.core.progress import Progress
 from lowkey.core.types import LowkeyError
-from lowkey.evaluate.asking import Frame, Once, anew, check_budgets, read_context, tensor_of, write_answer
+from lowkey.evaluate.asking import Frame, check_budgets, read_context, tensor_of, write_answer
 from lowkey.evaluate.settings import Setting
 from lowkey.heads.needles import KEYS, Encode, draw_facts, sentence_ends, weave
 from lowkey.heads.needles import Fact as Fact
@@ -161,7 +162,7 @@ def measure_recall(
     progress: Progress,
     refeed: bool = True,
     form: str = USUAL_FORM,
-    once: Once = anew,
+    measured: Measured | None = None,
 ) -> dict[str, dict]:
     """Share of cases in which greedy writing gives exactly the asked value.
 
@@ -179,23 +180,25 @@ def measure_recall(
             question saw the whole context and the first token of the answer costs nothing: the protocol of
             the papers of this field.
         form: a name of `FORMS`, or `usual` for the one that suits the tokenizer.
-        once: gives an earlier measurement of the same name, or measures.
+        measured: earlier measurements of the same job.
 
     Returns:
         By setting: `exact_match`, the share; `recall_form`; `recall_kept`, bytes held with the question when
-        an answer began, as a share of the first setting's; and `recall_evidence`, whether the first setting
-        reaches `SOLVED`. If it does not, its row has `recall_note` with a form or a context that it solves.
+        an answer began, as a share of the first setting's; `per_case`, 1 for each right case and 0 for each
+        wrong one; and `recall_evidence`, whether the first setting reaches `SOLVED`. If it does not, its row
+        has `recall_note` with a form or a context that it solves.
     """
     name = usual_form(tokenizer) if form == USUAL_FORM else form
     episodes = draw_episodes(tokenizer, haystack, context, cases, seed, name)
     for episode in episodes:
         check_budgets(settings, refeed, len(episode.prompt), len(episode.question))
-    todo = [(s, i) for s in settings for i in range(cases)]
-    answers: dict[str, list[dict]] = {s.name: [] for s in settings}
-    for setting, i in progress(todo, lambda unit: f"recall, {unit[0].name}"):
+    measured = measured or Measured()
+    todo = [(s, i) for s in settings for i in range(cases) if f"recall {i} {s.name}" not in measured]
+    for setting, i in progress(measured.share(todo), lambda unit: f"recall, {unit[0].name}"):
         measure = partial(answered, model, tokenizer, setting, episodes[i], name, refeed)
-        case = once(f"recall {i} {setting.name}", measure)
-        answers[setting.name].append(case)
+        measured.once(f"recall {i} {setting.name}", measure)
+    measured.gather()
+    answers = {s.name: [measured[f"recall {i} {s.name}"] for i in range(cases)] for s in settings}
     full = statistics.fmean(case["held"] for case in answers[settings[0].name])
     share = {s: statistics.fmean(case["right"] for case in cases) for s, cases in answers.items()}
     evidence = share[settings[0].name] >= SOLVED
@@ -205,13 +208,14 @@ def measure_recall(
             "recall_form": name,
             "recall_evidence": evidence,
             "recall_kept": statistics.fmean(case["held"] for case in cases) / full,
+            "per_case": [int(case["right"]) for case in cases],
         }
         for s, cases in answers.items()
     }
     if not evidence:
         control, recalled = settings[0], share[settings[0].name]
         find = partial(_note, model, tokenizer, control, haystack, context, seed, name, recalled)
-        rows[control.name]["recall_note"] = once("recall note", find)
+        rows[control.name]["recall_note"] = measured.once("recall note", find)
     return rows
 
 

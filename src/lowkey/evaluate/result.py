@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowkey.core import text
 from lowkey.core.files.measured import Measured
 from lowkey.core.options import Checked, option
+from lowkey.core.processes import ALONE, Processes
 from lowkey.core.progress import Progress, silent
 from lowkey.core.types import LowkeyError, device_of
 from lowkey.evaluate import behaviour, footprint, layerwise, likelihood, questions, recall, speed
@@ -114,7 +115,7 @@ def _recall(run: TaskInput) -> dict[str, dict]:
         run.progress,
         task.refeed,
         task.recall_form,
-        run.measured.once,
+        run.measured,
     )
 
 
@@ -128,7 +129,7 @@ def _questions(run: TaskInput) -> dict[str, dict]:
         task.seed,
         run.progress,
         task.refeed,
-        once=run.measured.once,
+        measured=run.measured,
     )
 
 
@@ -144,7 +145,7 @@ def _behaviour(run: TaskInput) -> dict[str, dict]:
         task.seed,
         run.progress,
         task.refeed,
-        run.measured.once,
+        run.measured,
     )
 
 
@@ -174,6 +175,7 @@ def evaluate(
     names: Sequence[str] = USUAL_TASKS,
     progress: Progress = silent,
     work: Path | None = None,
+    processes: Processes = ALONE,
 ) -> dict:
     """Run tasks over settings.
 
@@ -185,6 +187,8 @@ def evaluate(
         names: names of `TASKS`.
         progress: shows progress.
         work: folder in which measurements are saved, so that the same job can resume.
+        processes: the processes that share the work, each of which calls this. All of them return the same,
+            and the main one alone shows progress.
 
     Returns:
         A result as JSON has it: its format, the model, the environment and one row per setting.
@@ -209,7 +213,8 @@ def evaluate(
                 f"{setting.name}: is shown the right answer, which task {blind[0]!r} does not have; give "
                 "--task recall alone"
             )
-    measured = Measured(work, evaluation_job(model, tokenizer, settings, task, names) if work else None)
+    job = evaluation_job(model, tokenizer, settings, task, names) if work else None
+    measured, progress = Measured(work, job, processes), processes.shown(progress)
     run = TaskInput(model, tokenizer, settings, task, progress, measured)
     rows = {s.name: s.row() | {"task": ",".join(names)} for s in settings}
     try:
@@ -222,10 +227,11 @@ def evaluate(
             rows[row] |= numbers
     finally:
         measured.write()  # also after an interrupt: the same job then resumes
+    measured.gather()  # nobody writes any more, and the saved work may be removed
     return {
         "format": RESULT_FORMAT,
         "model": model.config._name_or_path,
-        "environment": environment(model, task, run),
+        "environment": environment(model, task, run) | {"processes": processes.count},
         "rows": list(rows.values()),
     }
 

@@ -54,11 +54,16 @@ def render(results: Sequence[dict]) -> str:
         style=STYLE,
         summary="\n".join(_lead(part, len(parts) > 1) for part in parts),
         sections="\n".join(_section(part, numbers) for part in parts),
-        environment="\n".join(
-            _environment(result, n, len(results) > 1) for n, result in enumerate(results, start=1)
-        ),
+        environment=environments(results),
         guide=_guide(parts),
+        scripts="",
+        end="",
     )
+
+
+def environments(results: Sequence[dict]) -> str:
+    """The environments of results, one after the other."""
+    return "\n".join(_environment(result, n, len(results) > 1) for n, result in enumerate(results, start=1))
 
 
 def _lead(part: Section, several: bool) -> str:
@@ -106,7 +111,7 @@ def _frontier(part: Section, numbers: Iterator[int]) -> str:
         "What lowkey plan compared within one budget: quality against the bytes per token at the length that "
         "was planned for. Hollow points make a single axis smaller, full points several together."
     )
-    return _figure(frontier_figure(part.rows), f"figure{next(numbers)}", label, caption)
+    return figure_html(frontier_figure(part.rows), f"figure{next(numbers)}", label, caption)
 
 
 def _curves(part: Section, numbers: Iterator[int]) -> str:
@@ -122,7 +127,7 @@ def _curves(part: Section, numbers: Iterator[int]) -> str:
         "dashed line is the full cache."
     )
     spoken = "; ".join(_spoken(row, columns) for row in part.rows)
-    return _figure(curves_figure(part.rows), f"figure{next(numbers)}", label + spoken, caption)
+    return figure_html(curves_figure(part.rows), f"figure{next(numbers)}", label + spoken, caption)
 
 
 def _quality(part: Section, numbers: Iterator[int]) -> str:
@@ -140,7 +145,7 @@ def _quality(part: Section, numbers: Iterator[int]) -> str:
         "Quality against cache bytes per token. The dashed line is the full cache; rows that differ only in "
         "budget share a line."
     )
-    return _figure(quality_figure(rows), f"figure{next(numbers)}", label, caption)
+    return figure_html(quality_figure(rows), f"figure{next(numbers)}", label, caption)
 
 
 def _spoken(row: Row, columns: list[Column]) -> str:
@@ -149,7 +154,7 @@ def _spoken(row: Row, columns: list[Column]) -> str:
     return f"{row['label']}: {', '.join(values) or 'not measured'}"
 
 
-def _figure(figure: Figure, prefix: str, label: str, caption: str) -> str:
+def figure_html(figure: Figure, prefix: str, label: str, caption: str) -> str:
     """A figure as HTML.
 
     Args:
@@ -204,7 +209,7 @@ def _heads(budget: str | None, rows: list[Row], numbers: Iterator[int], is_open:
         "Tokens that each KV head holds after the prompt, on one colour scale; brighter is more, blank is no "
         "head."
     )
-    figure = _figure(heads_figure(rows), f"figure{next(numbers)}", label, caption)
+    figure = figure_html(heads_figure(rows), f"figure{next(numbers)}", label, caption)
     return f"<details{' open' if is_open else ''}>\n<summary>{escape(name)}</summary>\n{figure}</details>"
 
 
@@ -218,7 +223,7 @@ def _profile(row: Row, numbers: Iterator[int], is_open: bool) -> str:
             "dot is the chosen pair."
         )
         parts.append(
-            _figure(
+            figure_html(
                 error_surface_figure(profile),
                 f"figure{next(numbers)}",
                 f"Heat maps of the error. {chosen}",
@@ -228,7 +233,7 @@ def _profile(row: Row, numbers: Iterator[int], is_open: bool) -> str:
     if profile.get("chosen"):
         caption = "Ranks that were chosen for keys and values, layer by layer."
         parts.append(
-            _figure(
+            figure_html(
                 ranks_figure(profile),
                 f"figure{next(numbers)}",
                 f"Bars of the chosen ranks. {chosen}",
@@ -238,7 +243,7 @@ def _profile(row: Row, numbers: Iterator[int], is_open: bool) -> str:
     if any((profile.get("spectra") or {}).values()):
         caption = "How fast the energy of keys and values falls off; a steep curve needs few ranks."
         parts.append(
-            _figure(
+            figure_html(
                 spectra_figure(profile),
                 f"figure{next(numbers)}",
                 "Energy spectra of keys and values by layer.",

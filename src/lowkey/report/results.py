@@ -30,6 +30,9 @@ NUMBER_FIELDS = [
     "prefill_ms", "step_ms",
 ]
 # fmt: on
+# Fields of a row with the outcomes of single samples: sums by name, or one number for each sample.
+SAMPLED_SUMS = ("per_window", "per_window_decode")
+SAMPLED = ("per_case", "per_question", "per_conversation")
 MOST_CELLS = 2**18  # layers x heads of one heat map: a file may say anything, and a map must be drawn
 
 Row = dict[str, Any]
@@ -60,7 +63,12 @@ def load_results(paths: Sequence[Path]) -> list[dict]:
     Raises:
         LowkeyError: no such file, a folder without files, or a damaged result.
     """
-    return [_load(file) for path in paths for file in _files(Path(path))]
+    return [_load(file) for file in result_files(paths)]
+
+
+def result_files(paths: Sequence[Path]) -> list[Path]:
+    """The result files at paths, in the order in which `load_results` reads them."""
+    return [file for path in paths for file in _files(Path(path))]
 
 
 def _files(path: Path) -> list[Path]:
@@ -115,11 +123,46 @@ def _row_complaint(row: object) -> str | None:
         return f"{wrong[0]} must be a number or null"
     if not heads_fit(row.get("kept_per_head")):
         return "kept_per_head must be null or a list of lists of numbers or nulls, one list for each layer"
+    if (complaint := _samples_complaint(row)) is not None:
+        return complaint
     profile = row.get("profile")
     return (
         None
         if profile is None or _profile_fits(profile)
         else "profile has parts whose lengths do not fit its layers and ranks"
+    )
+
+
+def _samples_complaint(row: Row) -> str | None:
+    """The first rule that the outcomes of single samples break, or None."""
+    for name in SAMPLED_SUMS:
+        sums = row.get(name)
+        lists = list(sums.values()) if isinstance(sums, dict) else None
+        if sums is not None and not (lists and _are_numbers(*lists) and len({len(x) for x in lists}) == 1):
+            return f"{name} must be null, or lists of numbers or nulls, all of one length"
+    for name in SAMPLED:
+        if row.get(name) is not None and not _are_numbers(row[name]):
+            return f"{name} must be null or a list of numbers or nulls"
+    tasks = row.get("harness")
+    if tasks is not None and not (isinstance(tasks, dict) and all(map(_task_fits, tasks.values()))):
+        return "harness must be null, or an object for each task, with metrics that have numbers"
+    return None
+
+
+def _are_numbers(*lists: object) -> bool:
+    """Whether all are lists of numbers and nulls."""
+    return all(isinstance(x, list) and all(map(_is_number, x)) for x in lists)
+
+
+def _task_fits(task: object) -> bool:
+    """Whether a task of a harness has metrics with numbers, and numbers of its documents where it has any."""
+    if not isinstance(task, dict) or not isinstance(task.get("metrics"), dict):
+        return False
+    return _is_number(task.get("kept_bytes")) and all(
+        isinstance(score, dict)
+        and all(_is_number(score.get(name)) for name in ("value", "half_95"))
+        and (score.get("values") is None or _are_numbers(score["values"]))
+        for score in task["metrics"].values()
     )
 
 
@@ -214,11 +257,11 @@ def sections(results: Sequence[dict]) -> list[Section]:
     """Group results by model and text. Perplexities on different texts never share a table."""
     groups: dict[tuple[str, str], list[int]] = {}
     for number, result in enumerate(results):
-        groups.setdefault((str(result["model"]), str(_data(result).get("sha256"))), []).append(number)
-    return [_section(results, numbers) for numbers in groups.values()]
+        groups.setdefault((str(result["model"]), str(data_of(result).get("sha256"))), []).append(number)
+    return [section_of(results, numbers) for numbers in groups.values()]
 
 
-def _section(results: Sequence[dict], numbers: list[int]) -> Section:
+def section_of(results: Sequence[dict], numbers: list[int]) -> Section:
     """The section of results of one model on one text.
 
     Args:
@@ -228,7 +271,7 @@ def _section(results: Sequence[dict], numbers: list[int]) -> Section:
     first, several = results[numbers[0]], len(numbers) > 1
     rows = _labelled([{**row, "run": n + 1} for n in numbers for row in results[n]["rows"]])
     order = sorted(rows, key=lambda row: (not is_full(row), _bytes_or_last(row)))
-    return Section(str(first["model"]), str(_data(first).get("name") or "unnamed text"), order, several)
+    return Section(str(first["model"]), str(data_of(first).get("name") or "unnamed text"), order, several)
 
 
 def _labelled(rows: list[Row]) -> list[Row]:
@@ -259,7 +302,7 @@ def _bytes_or_last(row: Row) -> float:
     return math.inf if held is None else held
 
 
-def _data(result: dict) -> dict:
+def data_of(result: dict) -> dict:
     """What a result says about its text."""
     data = result["environment"].get("data")
     return data if isinstance(data, dict) else {}

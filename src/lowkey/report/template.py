@@ -1,18 +1,19 @@
-"""The page around the numbers: one file, no script, no network. `page` fills in the `$names` with escaped
-text.
+"""The pages around the numbers: one file each, no network. `page` and `comparison` fill in the `$names` with
+escaped text. Only a comparison has a script, which sorts its tables.
 """
 
 from __future__ import annotations
 
 from string import Template
 
-# The policy makes a browser refuse whatever markup could slip in: nothing is fetched and nothing runs.
+# The policy makes a browser refuse whatever markup could slip in: nothing is fetched, and nothing runs but a
+# script whose checksum it names.
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:$scripts">
 <title>$title</title>
 <style>
 $style
@@ -35,7 +36,7 @@ $environment
 $guide
 </section>
 </main>
-</body>
+$end</body>
 </html>
 """)
 
@@ -62,7 +63,7 @@ STYLE = """
   --page: #f4f6f8; --surface: #ffffff; --ink: #1d2430; --muted: #5b6573; --rule: #d9dee5; --tint: #eef3fa;
   --series-0: #2360b5; --series-1: #b05a08; --series-2: #2b7a4b; --series-3: #7749b3; --series-4: #b0334a; --series-5: #0f7482;
 }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root {
     --page: #0f1319; --surface: #171c24; --ink: #e6eaf0; --muted: #9aa5b4; --rule: #2f3845; --tint: #1e2836;
     --series-0: #74aaf5; --series-1: #efa657; --series-2: #6cc891; --series-3: #b99bf2; --series-4: #f2859a; --series-5: #56c2d0;
@@ -110,8 +111,58 @@ dd { margin: 0; }
 dl.environment dd { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: .85rem; }
 p.guide { max-width: 52rem; margin: 0 0 1rem; }
 @media (max-width: 640px) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; } section { padding: 1rem; } }
-@media print { body { background: #ffffff; } section { break-inside: avoid; border: 0; padding: 0; } }
+td.better { color: var(--series-2); } td.worse { color: var(--series-4); }
+a { color: var(--series-0); }
+th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid var(--series-0); outline-offset: 2px; }
+th[aria-sort] button::after { content: " \\25B2"; } th[aria-sort="descending"] button::after { content: " \\25BC"; }
+@media print {
+  @page { size: A4 landscape; margin: 12mm; }
+  body { background: #ffffff; font-size: 11px; } main { max-width: none; padding: 0; }
+  section { border: 0; padding: 0; } figure, tr, dl > * { break-inside: avoid; } h2, h3, summary { break-after: avoid; }
+  thead { display: table-header-group; }
+  .scroll { overflow: visible; } .plot svg { min-width: 0; max-height: 170mm; }
+  th, td { padding: .2rem .4rem; white-space: normal; } a { color: inherit; }
+}
 """
+
+# Sorts tables by the column whose heading is clicked; cells without a number come last.
+SORTING = """
+const number = (cell) => cell.dataset.value === "" ? NaN : Number(cell.dataset.value ?? NaN);
+for (const table of document.querySelectorAll("table")) {
+  const heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, column) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...head.childNodes);
+    head.append(button);
+    button.addEventListener("click", () => {
+      const way = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+      for (const other of heads) other.removeAttribute("aria-sort");
+      head.setAttribute("aria-sort", way > 0 ? "ascending" : "descending");
+      const rows = [...table.tBodies[0].rows].map((row) => [row, row.cells[column]]);
+      const numbers = rows.some(([, cell]) => !Number.isNaN(number(cell)));
+      rows.sort(([, a], [, b]) => {
+        if (!numbers) return way * a.textContent.localeCompare(b.textContent, "en", { numeric: true });
+        const [x, y] = [number(a), number(b)];
+        return Number.isNaN(x) - Number.isNaN(y) || way * (x - y) || 0;
+      });
+      table.tBodies[0].append(...rows.map(([row]) => row));
+    });
+  });
+}
+"""
+
+COMPARISON_GUIDE = """<p class="guide">Every table compares settings on the same samples: windows of text, recall cases, questions,
+or documents of a task. A heading that is clicked sorts its table.</p>
+<dl>
+<dt>Kept</dt><dd>Bytes held as a share of what the full cache holds for the same tokens.</dd>
+<dt>Score, ±</dt><dd>What the setting reached, and half of the 95 % interval over samples; in brackets where the full cache fails the task itself.</dd>
+<dt>Against full</dt><dd>The mean difference from the full cache over the samples, in nats per token for perplexities, with its 95 % interval by a paired bootstrap of 2000 draws. ▲ better and ▼ worse say that the interval does not hold 0; = says that these samples cannot tell.</dd>
+<dt>Better, Worse</dt><dd>On how many samples the setting is better or worse than the full cache; the others are even.</dd>
+<dt>★</dt><dd>On the frontier: no other setting is at least as good with fewer bytes.</dd>
+<dt>3:1</dt><dd>Won and lost samples of the setting of the row against that of the column; the interval appears under the pointer.</dd>
+<dt>Intervals</dt><dd>Many pairs are compared, so about one even pair in twenty looks decided by chance.</dd>
+</dl>"""
 
 GUIDE = (
     "Every row is one cache, measured on the same model and text as the full cache above it. A dash means "

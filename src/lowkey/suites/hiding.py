@@ -14,9 +14,9 @@ from lowkey.core.errors import LowkeyError
 from lowkey.core.options import shown
 from lowkey.suites.sample import Source
 
-_FILLERS = (" .", " -", "\n", " a", ".")  # fill what is left of a length when no further piece fits
+_FILLERS = (" .", ".", "\n", " -")  # fill what is left of a length when no further piece fits
 _SENTENCE_END = re.compile(r"[.!?][\"'\u2019\u201d)]*\s*$")
-_MOST_FILLERS = (" .", " -", "\n", " a", ".")  # fill what is left of a length when no further piece fits
+_MOST_FILLERS = 64
 _MOST_PIECES = 64  # of filling for a token; pieces without text would never fill a context
 
 
@@ -132,7 +132,7 @@ def fitted(
 
     Returns:
         The longest context that fits, with dots behind it for what is left. The prompt is shorter than it
-        should be only where the tokenizer joins every such filling with what stands around it.
+        should be only where the tokenizer joins each dot with what stands around it.
 
     Raises:
         LowkeyError: the length does not hold the prompt without any filling.
@@ -153,8 +153,9 @@ def fitted(
         middle = (low + high) // 2
         low, high = (middle, high) if size(middle) <= room else (low, middle)
     context = build(low)
-    now = source.count(context + behind)
     for filler in _FILLERS:
-        while now < room and source.count(context + filler + behind) == now + 1:
-            context, now = context + filler, now + 1
+        for _ in range(_MOST_FILLERS):
+            if source.count(context + filler + behind) > room:
+                break
+            context += filler
     return context

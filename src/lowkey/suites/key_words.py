@@ -453,8 +453,3 @@ def single_words(rng: Random) -> Iterator[str]:
     rng.shuffle(words)
     yield from words
     yield from keys_of(rng)
-
-
-def single_nouns(rng: Random) -> Iterator[str]:
-    """Different nouns in random order, each once."""
-    yield from rng.sample(_NOUNS, len(_NOUNS))

@@ -11,6 +11,7 @@ import torch
 from recall_models import END, FakeCache, chatting
 
 from lowkey.catalog import make_policy
+from lowkey.core.files.measured import Measured
 from lowkey.core.progress import silent
 from lowkey.core.types import LowkeyError
 from lowkey.evaluate import questions
@@ -158,12 +159,12 @@ class Fake(torch.nn.Module):
         return SimpleNamespace(logits=logits)
 
 
-def ask(wanted: int, names=("full", "int8"), once=questions.anew, later=False):
+def ask(wanted: int, names=("full", "int8"), measured=None, later=False):
     model = Fake()
     model.later = later
     settings = [Setting(name, row_identity(), lambda name=name: FakeCache(name)) for name in names]
     return questions.measure_questions(
-        model, TOKENIZER, settings, wanted, 0, silent, paragraphs=paragraphs(), once=once
+        model, TOKENIZER, settings, wanted, 0, silent, paragraphs=paragraphs(), measured=measured
     ), model
 
 
@@ -221,13 +222,9 @@ def test_a_text_is_read_once_for_all_its_questions():
 
 
 def test_what_is_known_is_not_asked_again():
-    known: dict = {}
-
-    def once(name, measure):
-        return known[name] if name in known else known.setdefault(name, measure())
-
-    first, _ = ask(100, once=once)
-    again, model = ask(100, once=once)
+    measured = Measured()
+    first, _ = ask(100, measured=measured)
+    again, model = ask(100, measured=measured)
     assert first == again and model.tokens == 0
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 
 from lowkey.core.errors import LowkeyError
 from lowkey.suites import SUITES, Source, load_samples, scored
-from lowkey.suites.hiding import fitted, stream_from, words_of, woven
+from lowkey.suites.hiding import stream_from, words_of, woven
 
 LENGTH = 3000
 GENERATED = [(name, task) for name, suite in SUITES.items() for task in suite.generated]
@@ -138,16 +136,6 @@ def test_published_counting_tasks_are_cut_too(tokenizer, tmp_path):
     assert sample.context == "1. a 2. b" and sample.opening == " Answer: The words are:"
 
 
-def test_dots_that_a_tokenizer_joins_fill_a_length_too():
-    def joining(text: str, **_):  # several dots are one token
-        return SimpleNamespace(input_ids=re.findall(r"(?: \.)+|\S|\s", text))
-
-    for length in range(100, 105):
-        source = Source(joining, length=length)
-        context = fitted(source, 2, "?", lambda count: "abcde" * count, "x")
-        assert source.count(context + "?") == length - 2
-
-
 # -- stories and shared contexts
 
 
@@ -199,6 +187,8 @@ def test_a_text_of_a_few_words_is_refused(tokenizer):
 
 
 def test_facts_stand_between_sentences_in_order():
+    import random
+
     words = words_of("One two three. " * 40)
     assert stream_from(random.Random(0), words)(250)[0] == "One "
     told = woven(words[:12], ["FIRST.", "LAST."], [0.0, 1.0])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,29 +20,61 @@ from lowkey.core.files.work import (
     remove_work,
     write_work_json,
 )
+from lowkey.core.processes import ALONE, Processes
 
+_T = TypeVar("_T")
 SECONDS_BETWEEN_WRITES = 5.0  # seconds of work that a kill may cost, beside the measurement that it met
-MEASURED_FILE = "measured.json"
+MEASURED_FILES = "measured*.json"  # of the main process `measured.json`, of the others with their number
 
 
 class Measured:
     """Measurements by name, as plain JSON: for example of one window under one setting.
 
+    Several processes divide measurements in three steps, which are right for a single process, too:
+
+        for name, measure in measured.share(todo):  # the same list in every process
+            measured.once(name, measure)
+        measured.gather()  # now all of them are known here
+
     Args:
-        work: the folder for unfinished work, or None to keep them in memory alone.
-        job: everything that decides what they are, as plain JSON.
+        work: the folder for unfinished work, or None to keep them in memory alone. That of the main process
+            counts for all.
+        job: everything that decides what they are, as plain JSON. That of the main process counts for all.
+        processes: the processes that share the work.
     """
 
-    def __init__(self, work: Path | None = None, job: Mapping[str, Any] | None = None) -> None:
-        self.work, self.job = work, job or {}
-        self.known, self.written = self._read(), time.monotonic()
-        self.saved = len(self.known)
+    def __init__(
+        self,
+        work: Path | None = None,
+        job: Mapping[str, Any] | None = None,
+        processes: Processes = ALONE,
+    ) -> None:
+        self.work, self.job, self.processes = work, job or {}, processes
+        self.known = self._read() if processes.main else {}
+        if processes.count > 1:  # all start from what the main process knows
+            place, self.job, self.known = processes.exchange([work and str(work), self.job, self.known])[0]
+            self.work = None if place is None else Path(place)
+        self.written, self.saved, self.shared = time.monotonic(), len(self.known), set(self.known)
 
     def __contains__(self, name: str) -> bool:
         return name in self.known
 
     def __getitem__(self, name: str) -> Any:
         return self.known[name]
+
+    def share(self, items: Iterable[_T]) -> list[_T]:
+        """Those of the items that this process measures, see `Processes.share`."""
+        return self.processes.share(items)
+
+    def gather(self) -> None:
+        """Let every process know what all have measured. All of them must call it."""
+        if self.processes.count == 1:
+            return
+        new = {name: value for name, value in self.known.items() if name not in self.shared}
+        # what several have measured is the first one's, everywhere
+        for part in reversed(self.processes.exchange(new)):
+            self.known.update(part)
+        self.shared = set(self.known)
 
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
         """The measurement of this name, which is taken only if it is not known.
@@ -99,8 +131,12 @@ class Measured:
         """Write what is new to the file, in one step."""
         if self.work is None or self.saved == len(self.known):
             return
-        folder = job_folder(self.work, self.job)
-        write_work_json(folder, MEASURED_FILE, {"measured": self.known})
+        if self.processes.main:  # the one that removes what other jobs left
+            folder, name = job_folder(self.work, self.job), MEASURED_FILES.replace("*", "")
+        else:
+            folder = self.work / job_name(self.job)
+            name = MEASURED_FILES.replace("*", f"-{self.processes.rank}")
+        write_work_json(folder, name, {"measured": self.known})
         self.saved, self.written = len(self.known), time.monotonic()
 
     def forget(self) -> None:
@@ -109,10 +145,14 @@ class Measured:
             remove_work(self.work)
 
     def _read(self) -> dict[str, Any]:
-        if self.work is None or not (self.work / job_name(self.job) / MEASURED_FILE).exists():
+        """What processes of this job saved, however many they were."""
+        if self.work is None:
             return {}
-        folder = job_folder(self.work, self.job)
-        measured = read_work_json(folder, MEASURED_FILE).get("measured")
-        if not isinstance(measured, dict):
-            raise damaged_work(folder, f"{MEASURED_FILE} holds no measurements")
-        return measured
+        files = sorted((self.work / job_name(self.job)).glob(MEASURED_FILES))
+        folder, known = job_folder(self.work, self.job) if files else self.work, dict[str, Any]()
+        for file in files:  # the main process's comes last
+            measured = read_work_json(folder, file.name).get("measured")
+            if not isinstance(measured, dict):
+                raise damaged_work(folder, f"{file.name} holds no measurements")
+            known |= measured
+        return known

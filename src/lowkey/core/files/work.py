@@ -30,7 +30,8 @@ WRITE_TRIES = 3
 STAGES = ("fit", "costs", "held-out", "recall")  # of planning
 # the names of the files of one job
 WORK_FILES = (
-    r"(job|measured)\.json|(statistics|gradients|gates|solved|training|(layer|tuned|window)-\d+)\.safetensors"
+    r"(job|measured(-\d+)?)\.json|"
+    r"(statistics|gradients|gates|solved|training|(layer|tuned|window)-\d+)\.safetensors"
 )
 
 
