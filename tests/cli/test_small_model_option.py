@@ -22,6 +22,12 @@ def test_both_bytes_are_told(tmp_path):
     told = json.loads(done(*GENERATE, *POLICY, "-O", "every=2", "--small-model", "tiny").out)
     assert told["new_tokens"] == 4 and 0 < told["bytes_small_cache"] < told["bytes_held"]
     assert told["bytes_small_weights"] == row["bytes_small_weights"]
+    assert told["bytes_host"] == row["bytes_host"] == 0
+    moved = (*POLICY, "-O", "every=2", "-O", "offload=true", "--small-model", "tiny")
+    again = json.loads(done(*GENERATE, *moved).out)
+    assert again["bytes_host"] > again["bytes_full"] / 2
+    assert again["bytes_held"] - again["bytes_host"] == told["bytes_held"]
+    assert "lie in host memory" in done(*GENERATE[:-1], *moved).err
 
 
 def test_a_full_budget_writes_what_the_full_cache_writes():
