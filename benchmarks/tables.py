@@ -245,6 +245,18 @@ def small_model_table() -> list[str]:
     return table([*head, "small weights, MB"], lines)
 
 
+def mixed_bits_table() -> list[str]:
+    """ZipVL's two widths beside other choices of tokens at the same share, and at the same bytes."""
+    lines = []
+    for row in rows_of(f"{EVIDENCE}mixed-bits"):
+        over, (least, most) = row["over"], row["over_95"] or (None, None)
+        against = "-" if over is None else f"{over:+.4f} ({least:+.4f} to {most:+.4f})"
+        kept = "all" if row["kept"] is None else f"{100 * row['kept']:.0f} %"
+        kl = f"{row['kl']:.4f} ± {row['kl_95']:.4f}"
+        lines.append([row["row"], f"{100 * row['bytes']:.1f} %", kept, kl, against])
+    return table(["cache", "bytes", "tokens kept", "KL", "KL over the first row of its group"], lines)
+
+
 def controls_table(protocol: str, budget: str) -> list[str]:
     """Policies at one budget beside the controls and the rows without a budget, the best recall first."""
     head = ["cache", "bytes", "recall", "recall over `random`", "nats of the answer", "KL"]
@@ -516,6 +528,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "smollm2-controls-25": partial(controls_table, "after", "25%"),
     "smollm2-controls-10": partial(controls_table, "after", "10%"),
     "smollm2-small-model": small_model_table,
+    "smollm2-mixed-bits": mixed_bits_table,
     "smollm2-decoding": decoding_table,
     "smollm2-plan": partial(planner_table, "smollm2/plan"),
     "smollm2-plan-frontier": partial(frontier_table, "smollm2/plan", "12.5%"),
