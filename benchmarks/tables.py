@@ -32,6 +32,7 @@ import head_budgets
 import packed_rows
 import pretraining_report
 import recovery
+import side_by_side
 import typer
 
 from lowkey.evaluate.intervals import Z
@@ -557,6 +558,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "chunks-tiny": partial(chunks_table, "chunks-tiny"),
     "chunks-smollm2": partial(chunks_table, "chunks-smollm2"),
     "chunks-patrol": partial(chunks_table, "chunks-patrol"),
+    "kvpress-agreement": side_by_side.agreement_table,
+    "kvpress-costs": side_by_side.cost_table,
     "pretraining-rates": partial(pretraining_table, SWEEP, "za", 2_048_000),
     "pretraining-1000-steps": partial(pretraining_table, COMPARED, "zb", 2_048_000),
     "pretraining-2000-steps": partial(pretraining_table, COMPARED, "zb", 4_096_000),
