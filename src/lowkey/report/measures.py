@@ -207,7 +207,8 @@ def format_nats(value: float) -> str:
 
 def format_points(value: float) -> str:
     """A signed difference of shares, in points."""
-    return f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}")
+    points = round(100 * value, 1)
+    return f"{points:+.1f}".replace("-", "\N{MINUS SIGN}") if points else "0"
 
 
 def duels(measure: ComparedQuality) -> dict[tuple[str, str], Duel]:

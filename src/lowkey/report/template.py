@@ -117,10 +117,10 @@ th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2p
 th[aria-sort] button::after { content: " \\25B2"; } th[aria-sort="descending"] button::after { content: " \\25BC"; }
 @media print {
   @page { size: A4 landscape; margin: 12mm; }
-  body { background: #ffffff; font-size: 11px; } main { max-width: none; padding: 0; }
+  :root { font-size: 12px; } body { background: #ffffff; font-size: 1rem; } main { max-width: none; padding: 0; }
   section { border: 0; padding: 0; } figure, tr, dl > * { break-inside: avoid; } h2, h3, summary { break-after: avoid; }
   thead { display: table-header-group; }
-  .scroll { overflow: visible; } .plot svg { min-width: 0; max-height: 170mm; }
+  .scroll { overflow: visible; } .plot svg { min-width: 0; max-height: 125mm; }
   th, td { padding: .2rem .4rem; white-space: normal; } a { color: inherit; }
 }
 """

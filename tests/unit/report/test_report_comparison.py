@@ -16,7 +16,7 @@ from report_pages import ENVIRONMENT, FULL, HALF, HOSTILE, Page
 from lowkey.core.intervals import bootstrap_means, paired_bootstrap, percentiles
 from lowkey.core.types import LowkeyError
 from lowkey.report import load_results, render_comparison, write_comparison
-from lowkey.report.measures import duels, frontier, measures
+from lowkey.report.measures import duels, format_points, frontier, measures
 from lowkey.report.scatter import comparison_figure
 
 RNG = random.Random(0)
@@ -133,6 +133,13 @@ def test_tasks_of_a_harness_are_compared_document_by_document():
     lower = labelled(of("full", [1.0, 3, 1, 2], 400.0, False), of("snapkv 25%", [0.0, 1, 0, 0], 100.0, False))
     assert duels(measures(lower)[0])["snapkv 25%", "full"].verdict == 1
     assert "gsm8k, acc" in render_comparison([result(*rows, tasks=["gsm8k"])], ["r.json"])
+
+
+@pytest.mark.parametrize(
+    "value, told", [(0.0, "0"), (-0.0, "0"), (-1e-5, "0"), (-0.031, "\N{MINUS SIGN}3.1"), (0.5, "+50.0")]
+)
+def test_a_difference_of_shares_is_told_in_points(value, told):
+    assert format_points(value) == told
 
 
 # -- the page
