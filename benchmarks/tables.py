@@ -35,7 +35,7 @@ import recovery
 import side_by_side
 import typer
 
-from lowkey.evaluate.intervals import Z
+from lowkey.core.intervals import Z
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
