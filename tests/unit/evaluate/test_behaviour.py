@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pico
 import pytest
+from evaluations import Counted
 from recall_models import FakeCache, chatting
 
 from lowkey.catalog import make_policy
@@ -21,6 +22,7 @@ from lowkey.evaluate.behaviour import (
     measure_behaviour,
     rules_held,
 )
+from lowkey.evaluate.result import Task, evaluate
 from lowkey.evaluate.settings import Setting, evicted, full, row_identity
 from lowkey.suites.hiding import words_of
 
@@ -151,6 +153,21 @@ def test_a_policy_holds_its_budget_when_the_answer_begins():
     kept = next(v for k, v in rows.items() if k != "full")["behaviour_kept"]
     assert 0.30 <= kept <= 0.30 * (1 + 8 / 128) + 0.01  # 2 x 16 numbers in fp32, and a position and a score
     assert rows["full"]["behaviour_kept"] == 1
+
+
+def test_finished_answers_are_not_asked_again(tmp_path, monkeypatch):
+    model = pico.attached("llama")
+    settings = [full(model), evicted(model, make_policy("snapkv", "30%", {}, {}), "snapkv", CONTEXT)]
+    task = Task({"own": TEXT}, CONTEXT, windows=1, cases=1)
+
+    def rows() -> list[dict]:
+        return evaluate(model, pico.tokenizer(), settings, task, ("behaviour",), work=tmp_path / "work")[
+            "rows"
+        ]
+
+    first, counted = rows(), Counted(model, monkeypatch)
+    assert rows() == first and counted.tokens == 0
+    assert [row["behaviour_ceiling"] for row in first] == [first[0]["behaviour"]] * 2
 
 
 def test_rules_of_a_case_are_scored_one_by_one():

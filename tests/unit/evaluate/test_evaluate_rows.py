@@ -122,7 +122,8 @@ def test_rows_stand_in_the_order_of_the_settings(settings):
 
 
 def test_the_same_again_gives_the_same(settings):
-    a, b = (run(settings, tuple(TASKS), context=192, windows=1)["rows"] for _ in range(2))
+    names = tuple(name for name in TASKS if name != "behaviour")  # needs more words than this text has
+    a, b = (run(settings, names, context=192, windows=1)["rows"] for _ in range(2))
     assert [{k: v for k, v in row.items() if k not in TIMES} for row in a] == [
         {k: v for k, v in row.items() if k not in TIMES} for row in b
     ]
