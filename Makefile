@@ -6,7 +6,7 @@ DEMO := demo
 REAL := demo-real
 SCORED := --context 1024 --windows 8
 
-.PHONY: demo models demo-real test test-slow lint choices docs bench bench-fitting results tables clean
+.PHONY: demo models demo-real test test-slow lint choices docs bench bench-fitting eval-smoke results tables clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -67,6 +67,10 @@ bench: .venv/.ready
 bench-fitting: .venv/.ready
 	$(BIN)/python benchmarks/fitting.py
 	$(BIN)/python benchmarks/calibration_memory.py
+
+# A small slice of every suite, and of tasks of lm-eval, over compressed caches of the embedded model; a few minutes, offline.
+eval-smoke: .venv/.ready
+	$(BIN)/python benchmarks/eval_smoke.py
 
 # Measures the toy models again and fills every table and the picture of the documentation. benchmarks/evidence.py measures
 # the real model.

@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported:
 # before torch is imported, and for commands that tests start: see lowkey_start
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also there
+os.environ.setdefault("TQDM_DISABLE", "1")  # before tqdm is imported: as the command does for lm-eval
 
 import pytest
 import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowkey.cache.cache import LowkeyCache
 from lowkey.core import text
 from lowkey.core.types import LowkeyError
+from lowkey.policies import policy_name
 from lowkey.policies.base import Policy, SecondPass
 from lowkey.storage.budgets import budget_of, check_question
 
@@ -24,6 +26,7 @@ def prefill(
     ids: Tensor,
     question: int = 0,
     attention_mask: Tensor | None = None,
+    chunk: int | None = None,
 ) -> None:
     """Read a prompt into a fresh cache and evict.
 
@@ -39,10 +42,13 @@ def prefill(
             given again, with what follows them. The budget counts them as if they had been. A policy that has
             its context repeated (KVzip) chooses without them.
         attention_mask: (b, t), 1 for tokens and 0 for padding, which must come first; None for no padding.
+        chunk: tokens that are read at a time; None for all at once. A policy evicts after every chunk, so
+            that memory stays bounded and what it keeps may be another. The question is read with the last.
 
     Raises:
         LowkeyError: before anything is read: for a used cache, a question that leaves a sequence without
-            context or does not fit into the budget, or padding in another place.
+            context or does not fit into the budget, padding in another place, or chunks for a policy that
+            has its context repeated.
     """
     policy = _policy_of(cache, question)
     mask = _checked(ids, question, attention_mask)
@@ -55,6 +61,11 @@ def prefill(
     if policy is not None and budget_of(policy).unit == "tokens":
         check_question(policy, int(mask.sum(1).min()), question, cache.evicting[0].exact)
     text.check_ids(ids, model)
+    starts = _chunk_starts(mask, question, chunk)
+    if len(starts) > 1 and policy is not None and policy.second_pass is not None:
+        raise LowkeyError(
+            f"chunk {chunk}: policy {policy_name(policy)!r} reads the whole context twice; leave chunk out"
+        )
     with cache.all_or_nothing():
         # the question is not stored now, but the budget must hold it when it is given again
         cache.expect(question)
@@ -62,8 +73,9 @@ def prefill(
             context = ids.shape[1] - question
             _repeated(model, tokenizer, cache, ids[:, :context], mask[:, :context], second_pass)
         else:
-            cache.score_only(question)
-            _read(model, cache, ids, mask)
+            for start, end in pairwise([*starts, ids.shape[1]]):
+                cache.score_only(question if end == ids.shape[1] else 0)
+                read(model, cache, ids[:, start:end], mask[:, :end])
             cache.score_only(0)
         if question:
             cache.freeze()
@@ -117,14 +129,41 @@ def _checked(ids: Tensor, question: int, mask: Tensor | None) -> Tensor:
     return mask
 
 
-def _read(model: PreTrainedModel, cache: LowkeyCache, ids: Tensor, mask: Tensor) -> None:
-    """Read ids (b, t) over what was read before; the mask covers both."""
+def _chunk_starts(mask: Tensor, question: int, chunk: int | None) -> list[int]:
+    """Where chunks of a prompt begin. The first chunk holds all padding beside its tokens, so that every row
+    has tokens in each. Raises: LowkeyError for a chunk of no tokens.
+    """
+    if chunk is None:
+        return [0]
+    if type(chunk) is not int or chunk < 1:
+        raise LowkeyError(f"chunk {chunk!r}: tokens that are read at a time; give 1 or more")
+    padding = int((mask.shape[1] - mask.sum(1)).max())
+    # the question and the last token before it are read together
+    return [0, *range(padding + chunk, mask.shape[1] - question, chunk)]
+
+
+@torch.no_grad()
+def read(
+    model: PreTrainedModel, cache: LowkeyCache, ids: Tensor, mask: Tensor, logits_to_keep: int = 1
+) -> Tensor:
+    """Read tokens over what a cache has read before.
+
+    Args:
+        model: the model, attached.
+        cache: the cache.
+        ids: (b, t), the new tokens.
+        mask: (b, t'), 1 for tokens and 0 for padding, of all tokens that the cache has seen and the new ones.
+        logits_to_keep: of so many of the last tokens, logits are computed.
+
+    Returns:
+        Logits (b, n, V).
+    """
     # positions count the real tokens, as `generate` does it for padded batches
     positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     # without padding the model makes both itself, and can use the faster causal path
     known: dict[str, Any] = {} if bool(mask.all()) else {"attention_mask": mask, "position_ids": positions}
     with cache.reading(ids):
-        model(ids, **known, past_key_values=cache, logits_to_keep=1)
+        return model(ids, **known, past_key_values=cache, logits_to_keep=logits_to_keep).logits
 
 
 def _repeated(
@@ -148,7 +187,7 @@ def _repeated(
     chunk, bridge = second_pass.chunk, second_pass.bridge
     texts = [row[real] for row, real in zip(ids, mask.bool(), strict=True)]
     cache.freeze()  # nothing is evicted before all pieces have scored the context
-    _read(model, cache, ids, mask)
+    read(model, cache, ids, mask)
     longest = max(map(len, texts))  # sequences differ in length if they are padded
     for start in range(0, longest, chunk):
         pieces = [
@@ -161,7 +200,7 @@ def _repeated(
         )
         span = (0, longest) if second_pass.whole_context else (start, start + chunk)
         cache.score_only(again.shape[1], span)
-        _read(model, cache, again, torch.cat([mask, again_mask], 1))
+        read(model, cache, again, torch.cat([mask, again_mask], 1))
     cache.score_only(0)
     cache.freeze(False)
     for layer in cache.evicting:

@@ -20,6 +20,8 @@ from lowkey.evaluate.recall import FORMS, USUAL_FORM
 from lowkey.evaluate.result import TASKS, USUAL_TASKS, Task
 from lowkey.evaluate.step_bench import STOCK_SETTING, StepTiming
 from lowkey.export import FORMATS
+from lowkey.harness.protocols import ASK_AFTER, PROTOCOLS
+from lowkey.harness.task_settings import TaskMeasuring
 from lowkey.heads import CHAIN_KINDS, GATES
 from lowkey.heads.diversity import Compared
 from lowkey.heads.induction import ECHOES
@@ -35,9 +37,13 @@ from lowkey.policies import PLANNED, POLICIES, policy_to_dict
 from lowkey.policies.allocators import TOKEN_ALLOCATORS
 from lowkey.storage.exact import DEFAULT_WINDOW, Exact
 from lowkey.storage.packing import NO_BITS, SCHEMES
+from lowkey.suites import SUITES
 
 FILE = Path(lowkey.__file__).parent / "data" / "choices.json"
-SETTINGS = (Compared, Drawing, Exact, GateTraining, Recovery, Sample, DecodeShape, Search, StepTiming, Task)
+SETTINGS = (
+    *(Compared, Drawing, Exact, GateTraining, Recovery, Sample, DecodeShape, Search, StepTiming, Task),
+    TaskMeasuring,
+)
 
 
 def collected() -> dict[str, Any]:
@@ -55,6 +61,9 @@ def collected() -> dict[str, Any]:
         "no_policy": NO_POLICY,
         "tasks": list(TASKS),
         "usual_tasks": list(USUAL_TASKS),
+        "protocols": PROTOCOLS,
+        "ask_after": ASK_AFTER,
+        "suites": list(SUITES),
         "recall_forms": {name: form.summary for name, form in FORMS.items()},
         "usual_recall_form": USUAL_FORM,
         "head_kinds": list(SCORE_KINDS),

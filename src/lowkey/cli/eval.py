@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import glob
-import itertools
 import json
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +21,18 @@ from lowkey.cli.checks import (
     with_range,
 )
 from lowkey.cli.console import note
+from lowkey.cli.harness import (
+    BatchSize,
+    Chat,
+    Chunk,
+    DataFolder,
+    HarnessTasks,
+    Limit,
+    MaxLength,
+    Protocol,
+    Shots,
+    check_harness,
+)
 from lowkey.cli.options import (
     CACHE,
     EMBEDDED_TEXT,
@@ -42,6 +51,7 @@ from lowkey.cli.options import (
     SmallModel,
     TokenAllocatorOptions,
 )
+from lowkey.cli.result_paths import interrupted_result, unused_result_path
 from lowkey.core import files, text
 from lowkey.core.errors import LowkeyError
 from lowkey.core.processes import ALONE, Processes
@@ -53,7 +63,7 @@ if TYPE_CHECKING:
     from lowkey.plan.plan import Plan
 
 QUESTION = 32  # tokens that recall's question and answer may take
-RESULTS = Path("results")
+LONG = 4096  # tokens of prompts that suites make
 PLAN_DEFAULT = "(default: the plan's own; of integers alone {})"
 RECALL_FORMS = "; ".join(f"{name}: {summary}" for name, summary in choices.RECALL_FORMS.items())
 
@@ -191,6 +201,15 @@ def eval_(
         ),
     ] = True,
     seed: MeasuringSeed = 0,
+    harness: HarnessTasks = None,
+    protocol: Protocol = choices.ASK_AFTER,
+    limit: Limit = None,
+    batch_size: BatchSize = 1,
+    chunk: Chunk = None,
+    max_length: MaxLength = None,
+    shots: Shots = None,
+    chat: Chat = False,
+    data_dir: DataFolder = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     out: Annotated[
@@ -206,9 +225,13 @@ def eval_(
     """Measure what compression costs: quality, bytes, speed.
 
     The full cache, plans, policies and packed integers are measured on the same text, with one row for each
-    policy and budget. With --plan, policies evict on top of it. Interrupted work resumes when the same
-    command is given again. Under `accelerate launch` several processes share the samples.
+    policy and budget. With --plan, policies evict on top of it. With --harness, tasks of lm-eval are measured
+    instead of --task. Interrupted work resumes when the same command is given again. Under `accelerate
+    launch` several processes share the samples.
     """
+    measuring = {"protocol": protocol, "limit": limit, "batch_size": batch_size, "chunk": chunk}
+    measuring |= {"max_length": max_length, "shots": shots, "chat": chat}
+    wanted = check_harness(harness, task, data_dir, measuring)
     names = [name for item in task or choices.USUAL_TASKS for name in item.split(",")]
     for name in names:
         check_word("task", name, choices.TASKS)
@@ -218,24 +241,23 @@ def eval_(
     for scheme in bits or ():
         check_bits(scheme, also=[choices.NO_BITS])
     check_policies(policy, budget, option, allocator_option, heads, gates, small_model)
-    whole = choices.NO_POLICY in (policy or "").split(",")
-    if not plan and (whole or choices.NO_BITS in (bits or ())):
-        given = f"policy {choices.NO_POLICY!r}" if whole else f"bits {choices.NO_BITS!r}"
-        raise LowkeyError(f"{given}: leaves out what a plan has; give --plan too, or leave it out")
+    whole = _leaves_out_policies(plan, policy, bits)
     check_model_options(model, dtype, device)
     for folder in plan or ():
         check_plan(folder)
     texts = {str(path): text.read_text(path, "data") for path in data or ()} or {
         "embedded": text.embedded_text("evaluation")
     }
-    place = out or _unused_result_path(f"eval-{Path(model).name}-")
+    place = out or unused_result_path(f"eval-{Path(model).name}-")
     files.check_file(place, "result")
     work = files.work_beside(place)
 
+    if wanted:
+        from lowkey.cli.harness_run import run_harness
     from lowkey.cli.loading import head_scores, learnt_gates, make_policies, open_model, open_small_model
     from lowkey.core.progress import bars
     from lowkey.evaluate.result import Task, evaluate, evaluation_job
-    from lowkey.evaluate.settings import distinct, evicted, full
+    from lowkey.evaluate.settings import distinct
     from lowkey.plan.plan import Plan
 
     policies = make_policies(policy, budget, option, allocator_option)
@@ -243,41 +265,39 @@ def eval_(
     device = processes.device(device)
     loaded, tokenizer = open_model(model, dtype, device)
     small = open_small_model(small_model, policies, tokenizer, dtype, device)
-    context = _usual_context(loaded, names) if context is None else context
+    context = _usual_context(loaded, names, wanted) if context is None else context
     plans = [(Plan.load(folder, loaded), str(folder)) for folder in plan or ()]
-    settings = [full(loaded)] + [_planned(loaded, *p, None, sinks, recent) for p in plans]
-    below: Sequence[tuple[Plan | None, str | None]] = plans or [(None, None)]
-    scores, learnt = head_scores(heads, loaded), learnt_gates(gates)
-    settings += [
-        evicted(loaded, wanted, name, context, *p, heads=scores, gates=learnt, small=small)
-        for name, wanted in policies
-        for p in below
-    ]
-    settings += [
-        _planned(loaded, replace(own, policy=None), path, None, sinks, recent)
-        for own, path in plans
-        if whole and own.policy is not None
-    ]
-    settings += _packed_settings(loaded, plans, bits, sinks, recent)
-    what = Task(texts, context, refeed=refeed, recall_form=recall_form, **counts)
-    if out is None:
-        job = evaluation_job(loaded, tokenizer, distinct(settings), what, names)
-        place, work = _interrupted_result(f"eval-{Path(model).name}-", job) or (place, work)
-    result = evaluate(loaded, tokenizer, settings, what, names, bars, work, processes)
+    beside = {"heads": head_scores(heads, loaded), "gates": learnt_gates(gates), "small": small}
+    length = None if wanted else context  # prompts of tasks differ in length
+    settings = _plans_and_policies(loaded, plans, policies, sinks, recent, length, whole, beside)
+    if bits or not wanted:
+        settings += _packed_settings(loaded, plans, bits, sinks, recent)
+    if wanted:
+        sources = {"texts": texts if data else {}, "folder": data_dir, "seed": seed, "length": context}
+        given, where = (wanted, measuring, sources), (place, work, out is None)
+        result, place, work = run_harness(loaded, tokenizer, settings, *given, *where, processes)
+        lines = []
+    else:
+        task_of = Task(texts, context, refeed=refeed, recall_form=recall_form, **counts)
+        if out is None:
+            job = evaluation_job(loaded, tokenizer, distinct(settings), task_of, names)
+            place, work = interrupted_result(f"eval-{Path(model).name}-", job) or (place, work)
+        result = evaluate(loaded, tokenizer, settings, task_of, names, bars, work, processes)
+        lines = _perplexity_notes(settings, names)
     if processes.main:
-        _write_result(result, place, work, as_json, _perplexity_notes(settings, names))
+        _write_result(result, place, work, as_json, lines)
 
 
 def _write_result(result: dict, place: Path, work: Path, as_json: bool, lines: Sequence[str]) -> None:
     """Write a result to its file, and show it with further lines. The work that led to it is removed."""
-    from lowkey.cli.tables import notes, show_rows
+    from lowkey.cli.tables import notes, show_rows, show_tasks
 
     files.write_json(place, result, "result")
     files.remove_work(work)
     if as_json:
         print(json.dumps(result))
     else:
-        show_rows(result)
+        (show_tasks if "harness" in result["rows"][0] else show_rows)(result)
     for line in (f"result written to {place}", *lines, *notes(result)):
         note(line)
 
@@ -290,6 +310,41 @@ def _perplexity_notes(settings: Sequence[Setting], names: Sequence[str]) -> list
     return [
         f"{late[0]} has no perplexity: it chooses tokens by reading the whole context a second time, and "
         "perplexity is measured while a text is read once; add --task decode"
+    ]
+
+
+def _leaves_out_policies(plan: Sequence[Path] | None, policy: str | None, bits: Sequence[str] | None) -> bool:
+    """Whether plans are measured without their policies, too. Raises: LowkeyError if there are no plans."""
+    whole = choices.NO_POLICY in (policy or "").split(",")
+    if not plan and (whole or choices.NO_BITS in (bits or ())):
+        given = f"policy {choices.NO_POLICY!r}" if whole else f"bits {choices.NO_BITS!r}"
+        raise LowkeyError(f"{given}: leaves out what a plan has; give --plan too, or leave it out")
+    return whole
+
+
+def _plans_and_policies(
+    model: PreTrainedModel,
+    plans: Sequence[tuple[Plan, str]],
+    policies: Sequence[tuple[str, Any]],
+    sinks: int | None,
+    recent: int | None,
+    context: int | None,
+    whole: bool,
+    beside: Mapping[str, Any],
+) -> list[Setting]:
+    """The full cache, plans, policies alone or over each plan, and with `whole` plans without their own."""
+    from lowkey.evaluate.settings import evicted, full
+
+    below: Sequence[tuple[Plan | None, str | None]] = plans or [(None, None)]
+    return [
+        full(model),
+        *(_planned(model, *plan, None, sinks, recent) for plan in plans),
+        *(evicted(model, made, name, context, *plan, **beside) for name, made in policies for plan in below),
+        *(
+            _planned(model, replace(own, policy=None), path, None, sinks, recent)
+            for own, path in plans
+            if whole and own.policy is not None
+        ),
     ]
 
 
@@ -326,32 +381,13 @@ def _packed_settings(
     return over + [packed(model, b, beside) for b in alone if b != choices.NO_BITS]
 
 
-def _unused_result_path(name: str) -> Path:
-    """The path of a result file, named by the time. No finished or interrupted work uses it yet."""
-    stamp = f"{name}{time.strftime('%Y%m%d-%H%M%S')}"
-    names = (
-        RESULTS / f"{stamp}{more}.json"
-        for more in itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
-    )
-    return next(p for p in names if not (p.exists() or p.with_name(f"{p.name}.partial").exists()))
-
-
-def _interrupted_result(name: str, job: dict) -> tuple[Path, Path] | None:
-    """The result file that an interrupted run of the same job would have written, with the folder of its
-    work; None if there is none.
-    """
-    for work in sorted(RESULTS.glob(f"{glob.escape(name)}*.json.partial")):
-        if (work / files.job_name(job)).is_dir() and not (begun := work.with_suffix("")).exists():
-            return begun, files.work_beside(begun)
-    return None
-
-
-def _usual_context(model: PreTrainedModel, tasks: Sequence[str]) -> int:
-    """512, or the number of positions of a model that has fewer. The task recall leaves room for a question
-    and its answer.
+def _usual_context(model: PreTrainedModel, tasks: Sequence[str], suites: Sequence[str]) -> int:
+    """512, or 4096 for suites, or the number of positions of a model that has fewer. The task recall leaves
+    room for a question and its answer.
     """
     from lowkey.evaluate.result import Task
     from lowkey.models import families
 
     longest, room = families.max_positions(model), QUESTION if "recall" in tasks else 0
-    return Task.context if longest is None else max(8, min(Task.context, longest - room))
+    usual = LONG if suites else Task.context
+    return usual if longest is None else max(8, min(usual, longest - room))

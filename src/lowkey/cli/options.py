@@ -21,6 +21,7 @@ EXACT = "Exact tokens"
 CALIBRATION = "Calibration"
 TRAINING = "Training"
 MEASURING = "Measuring"
+LM_EVAL = "Tasks of lm-eval"
 SHAPE = "Shape"  # of what `bench decode` times and `cost` counts
 HARDWARE = "Hardware"
 OUTPUT = "Output"
@@ -34,6 +35,7 @@ PANELS = (
     CALIBRATION,
     TRAINING,
     MEASURING,
+    LM_EVAL,
     SHAPE,
     HARDWARE,
     OUTPUT,

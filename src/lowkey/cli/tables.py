@@ -105,6 +105,25 @@ def show_frontier(told: dict) -> None:
         say(f"so many sequences fit into {told['memory_bytes']:,} bytes: {told['sequences_that_fit']:,}")
 
 
+def show_tasks(result: dict) -> None:
+    """The scores of tasks of lm-eval, a line for each row and metric."""
+    from lowkey.report.harness import task_scores, write_difference, write_value
+
+    table = Table("task", "row", "metric", "value", "difference from full", "bytes/token", "protocol")
+    for score in task_scores(result["rows"]):
+        held = score.took.get("kept_bytes_per_token")
+        table.add_row(
+            score.task,
+            score.row,
+            score.metric,
+            write_value(score.value),
+            write_difference(score),
+            "-" if held is None else f"{held:,.1f}",
+            str(score.took.get("protocol", "-")),
+        )
+    screen.print(table)
+
+
 def show_cost(told: dict) -> None:
     """What `lowkey cost` counted, a row for each setting."""
     from lowkey.planner.memory import in_words

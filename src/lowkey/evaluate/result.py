@@ -255,6 +255,21 @@ def evaluation_job(
     Returns:
         What JSON can hold; texts and weights as their checksums.
     """
+    return model_described(model, tokenizer) | {
+        "texts": {name: _sha256(words) for name, words in task.texts.items()},
+        "task": {name: value for name, value in vars(task).items() if name != "texts"},
+        "names": list(names),
+        "settings": [[s.name, s.made_of] for s in settings],
+    }
+
+
+def model_described(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """The part of a job that the model decides, as checksums and words.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+    """
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     turns = getattr(tokenizer, "chat_template", None), tokenizer.special_tokens_map, ends
     return {
@@ -264,10 +279,6 @@ def evaluation_job(
         "dtype": str(model.dtype),
         "device": str(device_of(model)),
         "versions": versions(),
-        "texts": {name: _sha256(words) for name, words in task.texts.items()},
-        "task": {name: value for name, value in vars(task).items() if name != "texts"},
-        "names": list(names),
-        "settings": [[s.name, s.made_of] for s in settings],
     }
 
 
@@ -297,6 +308,15 @@ def environment(model: PreTrainedModel, task: Task, run: TaskInput) -> dict:
         "refeed": task.refeed,
         "seed": task.seed,
     }
+    return machine_described(model) | {"data": data}
+
+
+def machine_described(model: PreTrainedModel) -> dict:
+    """Where and when something is measured, and by which versions.
+
+    Args:
+        model: the model.
+    """
     return versions() | {
         "platform": platform.platform(),
         "cpu": platform.processor() or platform.machine(),
@@ -305,5 +325,4 @@ def environment(model: PreTrainedModel, task: Task, run: TaskInput) -> dict:
         "dtype": str(model.dtype).removeprefix("torch."),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(sys.argv),
-        "data": data,
     }

@@ -291,7 +291,7 @@ def evicted(
     model: PreTrainedModel,
     policy: Policy,
     name: str,
-    context: int,
+    context: int | None,
     plan: Plan | None = None,
     path: str | None = None,
     heads: HeadImportance | None = None,
@@ -304,7 +304,7 @@ def evicted(
         model: the model, attached.
         policy: the policy.
         name: its name in `POLICIES`.
-        context: tokens of a window, by which a budget in `%` is checked.
+        context: tokens of a window, by which a budget in `%` is checked; None where contexts differ.
         plan: the plan, or None.
         path: folder of the plan.
         heads: head scores by kind.
@@ -317,7 +317,7 @@ def evicted(
     """
     budget = policy.budget and Budget.parse(policy.budget)
     # A budget in tokens was checked when the policy was made; one in bytes is checked by the cache.
-    if budget and budget.unit == "%" and not policy.protect_prompt:
+    if context is not None and budget and budget.unit == "%" and not policy.protect_prompt:
         tokens = budget.amount / 100 * context
         if tokens < policy.sinks + policy.recent:
             raise too_few_tokens(budget, tokens, policy.sinks, policy.recent)

@@ -13,6 +13,7 @@ from lowkey.core.errors import LowkeyError
 from lowkey.report.columns import DASH, RESULT_COLUMNS, Column, show, shown_columns
 from lowkey.report.curves import curve_qualities, curves_figure
 from lowkey.report.frontier import frontier_figure, frontier_qualities, is_candidate
+from lowkey.report.harness import harness_table
 from lowkey.report.heads import heads_figure
 from lowkey.report.plots import (
     error_surface_figure,
@@ -88,6 +89,7 @@ def _section(part: Section, numbers: Iterator[int]) -> str:
             _curves(rest, numbers),
             _quality(rest, numbers),
             _rows_table(part),
+            harness_table(part.rows),
             *(
                 _heads(budget, rows, numbers, place == 0)
                 for place, (budget, rows) in enumerate(by_budget(part.rows).items())

@@ -14,6 +14,7 @@ import numpy as np
 from lowkey.core.errors import LowkeyError
 from lowkey.core.files import read_json
 from lowkey.core.row_names import distinct_row_names
+from lowkey.report.task_shapes import harness_fits
 
 RESULTS_FORMAT, RESULT_FILE = 1, "result"
 GIVE_RESULTS = "give a file that lowkey eval wrote, or a folder of them"
@@ -125,6 +126,8 @@ def _row_complaint(row: object) -> str | None:
         return "kept_per_head must be null or a list of lists of numbers or nulls, one list for each layer"
     if (complaint := _samples_complaint(row)) is not None:
         return complaint
+    if not harness_fits(row.get("harness")):
+        return "harness must be null or hold the metrics of tasks, each with a number"
     profile = row.get("profile")
     return (
         None
