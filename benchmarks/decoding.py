@@ -31,9 +31,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import lowkey
 from lowkey.catalog import make_policy
 from lowkey.core import files
+from lowkey.core.intervals import paired_bootstrap
 from lowkey.core.progress import bars
 from lowkey.evaluate.asking import Frame
-from lowkey.evaluate.intervals import paired_bootstrap
 from lowkey.evaluate.machine import machine
 from lowkey.evaluate.settings import Setting, evicted, full
 from lowkey.models.loading import load

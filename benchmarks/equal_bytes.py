@@ -23,9 +23,9 @@ from lowkey.calibration.calibrate import Sample, calibrate
 from lowkey.calibration.dynamic import make_dynamic_plan
 from lowkey.catalog import make_method
 from lowkey.core import files, text
+from lowkey.core.intervals import half_width
 from lowkey.core.progress import bars
 from lowkey.core.types import Layout, LowkeyError
-from lowkey.evaluate.intervals import half_width
 from lowkey.evaluate.result import Task, evaluate
 from lowkey.evaluate.settings import full, packed, planned
 from lowkey.methods.dynakv import GateTraining

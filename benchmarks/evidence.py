@@ -26,9 +26,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowkey.calibration.calibrate import Sample, calibrate
 from lowkey.catalog import make_method, make_policy
 from lowkey.core import files, text
+from lowkey.core.intervals import half_width
 from lowkey.core.progress import bars
 from lowkey.core.types import LowkeyError
-from lowkey.evaluate.intervals import half_width
 from lowkey.evaluate.result import Task, evaluate
 from lowkey.evaluate.settings import Setting, evicted, full, packed, planned
 from lowkey.heads.induction import ECHOES, estimate_echo

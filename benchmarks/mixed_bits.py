@@ -27,8 +27,8 @@ import lowkey
 from lowkey.cache.cache import LowkeyCache
 from lowkey.catalog import make_policy
 from lowkey.core import files, text
+from lowkey.core.intervals import half_width, paired_bootstrap
 from lowkey.core.progress import bars
-from lowkey.evaluate.intervals import half_width, paired_bootstrap
 from lowkey.evaluate.machine import machine
 from lowkey.models.loading import load
 from lowkey.storage.exact import DEFAULT_WINDOW

@@ -33,10 +33,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import lowkey
 from lowkey.catalog import make_policy
 from lowkey.core import files, text
+from lowkey.core.intervals import half_width, paired_bootstrap
 from lowkey.core.progress import bars
 from lowkey.core.types import LowkeyError
 from lowkey.evaluate.asking import tensor_of
-from lowkey.evaluate.intervals import half_width, paired_bootstrap
 from lowkey.evaluate.machine import machine
 from lowkey.evaluate.recall import FORMS, Fact, frame_of, usual_form
 from lowkey.evaluate.settings import Setting, evicted, full, packed, planned

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lowkey.core import files
-from lowkey.evaluate.intervals import half_width
+from lowkey.core.intervals import half_width
 
 SMOOTH = 0.05  # of all steps, in a smoothed training loss
 WHOLE = 2 * 128 * 6  # numbers that MHA stores per token

@@ -32,9 +32,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lowkey
 from lowkey.core import files, text
+from lowkey.core.intervals import half_width
 from lowkey.core.progress import silent
 from lowkey.evaluate.asking import tensor_of
-from lowkey.evaluate.intervals import half_width
 from lowkey.evaluate.likelihood import measure_decode
 from lowkey.evaluate.machine import machine
 from lowkey.evaluate.settings import Setting, full

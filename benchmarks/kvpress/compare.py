@@ -34,8 +34,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 from policies import draw_context
 
 from lowkey.core import files, text
+from lowkey.core.intervals import paired_bootstrap
 from lowkey.evaluate.asking import Frame
-from lowkey.evaluate.intervals import paired_bootstrap
 from lowkey.evaluate.machine import machine
 from lowkey.models.loading import load, load_tokenizer
 from lowkey.models.packaged import folder

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowkey.core.intervals import paired_bootstrap
 from lowkey.core.progress import Progress, silent
 from lowkey.core.seeds import seed_of
 from lowkey.core.types import device_of
 from lowkey.evaluate.asking import Once, anew
-from lowkey.evaluate.intervals import paired_bootstrap
 from lowkey.evaluate.settings import Setting
 from lowkey.heads.chains import Chain, stopping_tokens
 from lowkey.heads.writing_chains import sample_answers

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowkey.cache.cache import LowkeyCache
 from lowkey.cache.prefill import prefill
 from lowkey.core.files.measured import Measured
+from lowkey.core.intervals import half_width
 from lowkey.core.progress import Progress
 from lowkey.core.types import device_of
 from lowkey.evaluate import footprint
-from lowkey.evaluate.intervals import half_width
 from lowkey.evaluate.settings import Setting
 
 TOKENS_PER_PIECE = 32  # tokens that a setting which evicts reads at a time

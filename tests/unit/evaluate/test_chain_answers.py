@@ -8,8 +8,8 @@ import statistics
 import pytest
 import torch
 
+from lowkey.core.intervals import paired_bootstrap
 from lowkey.evaluate.chains import measure_chains, summary_of_chains
-from lowkey.evaluate.intervals import paired_bootstrap
 from lowkey.evaluate.settings import evicted, full
 from lowkey.heads.chains import ChainTask, draw_chains
 from lowkey.models.loading import load

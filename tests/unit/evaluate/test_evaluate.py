@@ -11,8 +11,8 @@ import torch
 from evaluations import COUNT, LENGTH, OTHER, TEXT, TIMES, Counted, by_name, integers, run, windows
 
 import lowkey
+from lowkey.core.intervals import half_width, t95
 from lowkey.evaluate import likelihood
-from lowkey.evaluate.intervals import half_width, t95
 from lowkey.evaluate.result import Task, evaluate
 from lowkey.evaluate.settings import full, packed, planned
 from lowkey.storage.exact import Exact
