@@ -146,27 +146,12 @@ def _samples_complaint(row: Row) -> str | None:
     for name in SAMPLED:
         if row.get(name) is not None and not _are_numbers(row[name]):
             return f"{name} must be null or a list of numbers or nulls"
-    tasks = row.get("harness")
-    if tasks is not None and not (isinstance(tasks, dict) and all(map(_task_fits, tasks.values()))):
-        return "harness must be null, or an object for each task, with metrics that have numbers"
     return None
 
 
 def _are_numbers(*lists: object) -> bool:
     """Whether all are lists of numbers and nulls."""
     return all(isinstance(x, list) and all(map(_is_number, x)) for x in lists)
-
-
-def _task_fits(task: object) -> bool:
-    """Whether a task of a harness has metrics with numbers, and numbers of its documents where it has any."""
-    if not isinstance(task, dict) or not isinstance(task.get("metrics"), dict):
-        return False
-    return _is_number(task.get("kept_bytes")) and all(
-        isinstance(score, dict)
-        and all(_is_number(score.get(name)) for name in ("value", "half_95"))
-        and (score.get("values") is None or _are_numbers(score["values"]))
-        for score in task["metrics"].values()
-    )
 
 
 def _is_number(value: object) -> bool:

@@ -31,7 +31,8 @@ _TOOK = (
 def _score_fits(score: object) -> bool:
     return (
         isinstance(score, dict)
-        and isinstance(score.get("value"), int | float)
+        and score.get("value") is not None
+        and _number(score["value"])
         and _number(score.get("half_95"))
         and _numbers(score.get("difference"), 3)
         and _numbers(score.get("values"))
@@ -39,7 +40,10 @@ def _score_fits(score: object) -> bool:
 
 
 def _number(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    """Whether a value is null or a number that is not too large to draw; an infinite float is one, too."""
+    if value is None or isinstance(value, bool) or not isinstance(value, int | float):
+        return value is None
+    return isinstance(value, float) or abs(value) < 1e100
 
 
 def _numbers(values: object, count: int | None = None) -> bool:
