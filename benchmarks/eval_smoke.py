@@ -20,6 +20,8 @@ from lowkey.suites import SUITES
 from lowkey.suites.examples import write_examples
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+TASKS = 2  # of each suite
+CONTEXT = "1280"  # tokens: all that the embedded model has; five turns of SCBench need most of them
 POLICY = ("--policy", "snapkv", "--budget", "50%", "--limit", "1", "--batch-size", "4")
 TASK = """task: smoke_{name}
 dataset_path: json
@@ -27,8 +29,8 @@ dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}
 test_split: test
 {lines}
 """
-# tasks of lm-eval's own kinds: (documents, further lines of the yaml file)
-TASKS = {
+# tasks of lm-eval's own kinds: (document, further lines of the yaml file)
+OWN_TASKS = {
     "choices": (
         {
             "question": "The mill stands where two brooks meet. What turns its wheel?",
@@ -46,7 +48,7 @@ TASKS = {
 def write_tasks(folder: Path) -> list[str]:
     """The yaml files of small tasks."""
     made = []
-    for name, (document, lines) in TASKS.items():
+    for name, (document, lines) in OWN_TASKS.items():
         data, place = folder / f"{name}.jsonl", folder / f"{name}.yaml"
         data.write_text(json.dumps(document) + "\n", encoding="utf-8")
         place.write_text(
@@ -61,9 +63,10 @@ def main(model: str = "tiny", out: str = "") -> None:
     with tempfile.TemporaryDirectory() as place:
         folder, file = Path(place), Path(out or place) / "eval-smoke.json"
         write_examples(folder / "suites")
-        tasks = ",".join([*(f"suite:{name}" for name in SUITES), *write_tasks(folder)])
+        some = [f"suite:{name}/{task}" for name, suite in SUITES.items() for task in suite.tasks[:TASKS]]
+        tasks = ",".join([*some, *write_tasks(folder)])
         words = ["eval", model, "--harness", tasks, *POLICY, "--data-dir", str(folder / "suites")]
-        words += ["--context", "512" if model == "tiny" else "1024", "--out", str(file)]
+        words += ["--context", CONTEXT, "--out", str(file)]
         start = [sys.executable, "-c", "from lowkey_start import main; main()", *words]
         subprocess.run(start, check=True, env=os.environ | OFFLINE, stdout=subprocess.DEVNULL)
         whole, kept = (row["harness"] for row in json.loads(file.read_text(encoding="utf-8"))["rows"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,6 +56,7 @@ def run_harness(
         The result, its file, and the folder of unfinished work.
     """
     datasets.disable_progress_bars()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     measuring = TaskMeasuring(**how)
     name = model.config._name_or_path
     own = _suites([n for n in names if n.startswith(SUITE)], tokenizer, measuring, sources)
