@@ -23,6 +23,7 @@ TRAINING = "Training"
 MEASURING = "Measuring"
 SHAPE = "Shape"  # of what `bench decode` times and `cost` counts
 HARDWARE = "Hardware"
+SERVER = "Server"
 OUTPUT = "Output"
 PANELS = (
     MODEL,
@@ -36,6 +37,7 @@ PANELS = (
     MEASURING,
     SHAPE,
     HARDWARE,
+    SERVER,
     OUTPUT,
 )
 

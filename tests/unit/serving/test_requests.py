@@ -1,0 +1,170 @@
+"""What an engine is asked for, and what is refused before it serves."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pico
+import pytest
+from attention_kinds import KINDS
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lowkey.attention import LowkeyConfig
+from lowkey.core.types import LowkeyError
+from lowkey.models.families import plain_architecture
+from lowkey.models.fingerprint import checkpoint_fingerprint, model_fingerprint
+from lowkey.policies import policy_to_dict
+from lowkey.policies.snapkv import SnapKV
+from lowkey.serving import engine
+from lowkey.serving.requests import Request, check_cache_dtype, check_engine, served_plan
+
+WRONG = [
+    ("plan", "plan 'plan': give an object"),
+    ({"plans": "x"}, "did you mean 'plan'?"),
+    ({"plan": 3}, "plan 3: give the folder"),
+    ({"plan": "x", "kernel": "stock"}, "kernel 'stock' is unknown; choose one of auto, own"),
+    ({"plan": "x", "exact": 4}, "exact 4 is unknown"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return pico.save(tmp_path_factory.mktemp("serving") / "model")
+
+
+def served(folder, tmp_path, exact="plan", **fields):
+    model = pico.attached("llama")
+    pico.plan(model, **fields).save(tmp_path / "plan")
+    return served_plan(Request(tmp_path / "plan", exact=exact), folder, AutoConfig.from_pretrained(folder))
+
+
+@pytest.mark.parametrize(("given", "told"), WRONG, ids=lambda x: str(x)[:20])
+def test_a_request_that_is_wrong(given, told):
+    with pytest.raises(LowkeyError) as error:
+        Request.read(given)
+    assert told.removeprefix("plan 'plan': ") in str(error.value)
+
+
+def test_a_request_is_read():
+    assert Request.read(None) == Request()
+    assert Request.read({"plan": "p", "kernel": "own"}) == Request(Path("p"), "own")
+
+
+# -- the fingerprint of files
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "phi3"])
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+def test_files_have_the_fingerprint_of_the_loaded_model(tmp_path, name, tied):
+    place = pico.save(tmp_path, name, tie_word_embeddings=tied)
+    config = AutoConfig.from_pretrained(place)
+    loaded = AutoModelForCausalLM.from_pretrained(place)
+    assert checkpoint_fingerprint(place, config) == model_fingerprint(loaded)
+
+
+def test_another_number_in_a_file_is_another_model(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    config = AutoConfig.from_pretrained(folder)
+    assert checkpoint_fingerprint(other, config) != checkpoint_fingerprint(folder, config)
+
+
+def test_a_folder_that_lacks_a_weight(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LowkeyError, match=r"hold no model\.norm\.weight"):
+        checkpoint_fingerprint(other, AutoConfig.from_pretrained(folder))
+
+
+# -- plans
+
+
+def test_a_plan_is_served_without_exact_tokens(folder, tmp_path):
+    plan = served(folder, tmp_path, exact="none", sinks=4, recent=32)
+    assert (plan.sinks, plan.recent) == (0, 0)
+
+
+REFUSED = {
+    "exact tokens": ({"sinks": 4}, "keeps 4 sinks and 0 recent tokens exact"),
+    "a policy": ({"policy": policy_to_dict(SnapKV("50%"))}, "drops tokens by policy 'snapkv'"),
+    "blocks of tokens": ({"bits": "kivi4"}, "packs blocks of 32 tokens (kivi4)"),
+    "another model": (
+        {"provenance": {"model": "other", "model_sha256": "2:0", "versions": {}}},
+        "plan was made for model 'other'",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_plans_that_are_refused(folder, tmp_path, what):
+    fields, told = REFUSED[what]
+    with pytest.raises(LowkeyError) as error:
+        served(folder, tmp_path, **fields)
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite", "olmo2"])
+def test_families_that_are_refused(tmp_path, name):
+    place = pico.save(tmp_path / "model", name)
+    pico.plan(pico.attached(name)).save(tmp_path / "plan")
+    with pytest.raises(LowkeyError, match="served with a plan yet"):
+        served_plan(Request(tmp_path / "plan"), place, AutoConfig.from_pretrained(place))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("auto", 2, False), "tensor parallel size 2"),
+        (("auto", 1, True), "speculative decoding"),
+        (("int8_per_token_head", 1, False), "KV cache dtype 'int8_per_token_head'"),
+    ],
+    ids=str,
+)
+def test_settings_of_an_engine_that_are_refused(given, told):
+    with pytest.raises(LowkeyError, match=told):
+        check_engine(*given)
+
+
+def test_floats_of_8_bits_are_for_the_engines_kernel_alone():
+    check_engine("fp8", 1, False)
+    check_cache_dtype("fp8", {"projected"})
+    with pytest.raises(LowkeyError, match="latent route"):
+        check_cache_dtype("fp8", {"projected", "latent"})
+
+
+# -- the engine
+
+
+@pytest.mark.parametrize("version", ["0.33.0", "0.3", "0.320.1", "1.0", "of no known distribution"])
+def test_versions_that_were_not_tested_are_refused(version):
+    with pytest.raises(LowkeyError, match=r"works with 0\.32 alone"):
+        engine.check_version(version)
+
+
+def test_versions_that_were_tested():
+    for version in ("0.32.0", "0.32.0+cpu", "0.32.1"):
+        engine.check_version(version)
+
+
+# -- our own models as plain ones
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_own_models_that_are_plain_ones(kind):
+    config = LowkeyConfig(
+        vocab_size=97, hidden_size=32, num_attention_heads=4, head_dim=8, num_hidden_layers=2, **KINDS[kind]
+    )
+    plain = {"mha", "gqa", "mqa"}
+    expected = "Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"
+    attends_plainly = KINDS[kind]["attention"] in plain and not config.attn_output_gate
+    assert plain_architecture(config) == (expected if attends_plainly else None)
+
+
+def test_a_plain_model_has_no_other_architecture():
+    assert plain_architecture(pico.build("llama").config) is None
