@@ -1,0 +1,136 @@
+"""Gives the attention layers of a model that vLLM has built what a plan says."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from lowkey.core.types import LowkeyError, identity_factors
+from lowkey.models.families import configured_geometry
+from lowkey.models.loading import local_folder
+from lowkey.plan.plan import Plan
+from lowkey.serving.requests import Request, check_cache_dtype, check_engine, served_plan
+from lowkey.serving.rotation import configured_rope
+from lowkey.serving.routes import CPU_HEAD_SIZES, GPU_HEAD_SIZES, Route, routes
+from lowkey.storage.codec import Codec, LowRank, Plain
+from lowkey.storage.packing import Unpacked, scheme_or_none
+from torch import nn
+from transformers import AutoConfig
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+
+from .latent import LatentAttention
+from .projected import ProjectedAttention
+
+logger = init_logger("vllm.lowkey")
+
+
+def equip(model: nn.Module, vllm_config: VllmConfig) -> None:
+    """Replace the attention layers of a model by such that store what the plan says, if there is one.
+
+    Args:
+        model: one of vLLM's, before its weights are loaded.
+        vllm_config: of the engine; `additional_config["lowkey"]` is what `Request` reads.
+
+    Raises:
+        LowkeyError: for what cannot be served.
+    """
+    given: Any = vllm_config.additional_config
+    request = Request.read(given.get("lowkey") if isinstance(given, dict) else None)
+    if request.plan is None:
+        return
+    cache_dtype = str(vllm_config.cache_config.cache_dtype)
+    check_engine(
+        cache_dtype,
+        vllm_config.parallel_config.tensor_parallel_size,
+        vllm_config.speculative_config is not None,
+    )
+    folder = local_folder(str(vllm_config.model_config.model))
+    config = AutoConfig.from_pretrained(folder)
+    plan = served_plan(request, Path(folder), config)
+    assert plan is not None
+    # compiled graphs are kept by this configuration, and depend on the shapes of the plan's maps
+    given["lowkey_digest"] = plan.digest()
+    device = torch.device(vllm_config.device_config.device_type)
+    shape = configured_geometry(config)
+    found = routes(
+        plan,
+        shape.compressible,
+        (shape.kv_heads, shape.head_dim),
+        torch.empty(0, dtype=vllm_config.model_config.dtype).element_size(),
+        CPU_HEAD_SIZES if device.type == "cpu" else GPU_HEAD_SIZES,
+        request.kernel == "own",
+    )
+    check_cache_dtype(cache_dtype, {route.name for route in found.values()})
+    codecs = _codecs(plan, list(found), configured_rope(config, device))
+    replaced = set()
+    for name, part in list(model.named_modules()):
+        attention = getattr(part, "attn", None)
+        if type(attention) is not Attention:
+            continue
+        layer = extract_layer_index(name)
+        if layer in found:
+            part.attn = _replacement(attention, plan, layer, found[layer], codecs[layer], vllm_config)
+            replaced.add(layer)
+    if missing := set(found) - replaced:
+        raise LowkeyError(
+            f"model: layer {min(missing)} has no attention that can be replaced; serve it without a plan"
+        )
+    _tell(request, plan, found)
+
+
+def _codecs(plan: Plan, layers: list[int], rope: Any) -> dict[int, Codec]:
+    """The form of each layer's keys and values. A Hadamard transform is folded into the plan's maps."""
+    packed = scheme_or_none(plan.bits)
+    rotated = packed is not None and packed.hadamard_rotated
+    if not plan.factors and not rotated:
+        return dict.fromkeys(layers, Plain())
+    head_dim, layout = plan.geometry["head_dim"], plan.layout
+    if not plan.factors:
+        plain = identity_factors(head_dim).hadamard_rotated()
+        return {i: LowRank(plain, "post_rope", rope) for i in layers}
+    return {i: LowRank(f.hadamard_rotated() if rotated else f, layout, rope) for i, f in plan.factors.items()}
+
+
+def _replacement(
+    stock: Attention, plan: Plan, layer: int, route: Route, codec: Codec, vllm_config: VllmConfig
+) -> Attention:
+    """The attention that takes a stock layer's place, and its name."""
+    settings = {
+        "num_heads": stock.num_heads,
+        "scale": stock.impl.scale,
+        "cache_config": vllm_config.cache_config,
+        "quant_config": stock.quant_config,
+        "prefix": stock.layer_name,
+    }
+    del vllm_config.compilation_config.static_forward_context[stock.layer_name]
+    if route.name == "projected":
+        return ProjectedAttention(
+            plan.factors[layer], (stock.num_kv_heads, stock.head_size), (route.heads, route.width), **settings
+        )
+    packed = scheme_or_none(plan.bits)
+    return LatentAttention(
+        codec,
+        (packed.keys, packed.values) if packed else (Unpacked(), Unpacked()),
+        head_size=stock.head_size,
+        num_kv_heads=stock.num_kv_heads,
+        **settings,
+    )
+
+
+def _tell(request: Request, plan: Plan, found: dict[int, Route]) -> None:
+    """Log how layers are stored, those that are alike together."""
+    logger.info("lowkey: plan %s (%s, %s)", request.plan, plan.method["name"], plan.layout)
+    for route, rows in groupby(found.items(), key=lambda item: item[1]):
+        indices = [i for i, _ in rows]
+        logger.info(
+            "lowkey: layers %d to %d: %s, %d bytes per token",
+            indices[0],
+            indices[-1],
+            route.name,
+            route.token_bytes,
+        )

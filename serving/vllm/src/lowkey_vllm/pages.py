@@ -1,0 +1,133 @@
+"""How latents lie in the pages of an engine.
+
+A page holds one layer's block of tokens. It begins with the keys, one *lane* after another: a lane is one
+stored head of one block, all its tokens in order, so that kernels read it as they read any row. A packed lane
+holds the scales of its tokens, then their offsets, then their codes. Values follow in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from lowkey.backends.stored import StoredRows
+from lowkey.storage.packing import Packing
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Side:
+    """How keys or values lie in a page.
+
+    Args:
+        heads: stored heads.
+        width: numbers of each, before they are packed.
+        packing: one token at a time.
+        dtype: of numbers, or of scales and offsets.
+    """
+
+    heads: int
+    width: int
+    packing: Packing
+    dtype: torch.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token of all heads."""
+        return self.heads * self.packing.nbytes(1, self.width, self.dtype.itemsize)
+
+
+class SidePages:
+    """The keys or the values in all pages of a layer.
+
+    Args:
+        side: how they lie there.
+        pages: (blocks, bytes of a page), uint8; rows may lie apart.
+        start: where they begin in a page, in bytes.
+        tokens: of a page.
+    """
+
+    def __init__(self, side: Side, pages: Tensor, start: int, tokens: int) -> None:
+        self.side, self.tokens = side, tokens
+        self.planes: list[Tensor] = []
+        if not side.width:  # of some of our own models, where keys hold everything
+            return
+        lane_bytes = tokens * side.token_bytes // side.heads
+        # lanes of one page and of the next lie at different distances; their common divisor is a distance
+        # at which all of them lie, with numbers between them that are no lanes
+        apart = math.gcd(pages.stride(0), lane_bytes)
+        self.of_a_page, self.of_a_head = pages.stride(0) // apart, lane_bytes // apart
+        count = (len(pages) - 1) * self.of_a_page + (side.heads - 1) * self.of_a_head + 1
+        sample = side.packing.pack(torch.zeros(1, side.heads, 1, side.width, dtype=side.dtype))
+        # codes last: scales stand on multiples of their size
+        order = [*range(1, len(sample)), 0]
+        views: dict[int, Tensor] = {}
+        at = pages.storage_offset() + start
+        for i in order:
+            part = sample[i]
+            row_bytes = part.shape[-1] * part.element_size()
+            plane = torch.as_strided(pages, (count, tokens, row_bytes), (apart, row_bytes, 1), at)
+            views[i] = plane.view(part.dtype)
+            at += tokens * row_bytes
+        self.planes = [views[i] for i in range(len(sample))]
+
+    def lanes(self, blocks: Tensor) -> Tensor:
+        """The lanes (*blocks, heads) of blocks."""
+        heads = torch.arange(self.side.heads, device=blocks.device)
+        return blocks.unsqueeze(-1) * self.of_a_page + heads * self.of_a_head
+
+    def write(self, x: Tensor, blocks: Tensor, places: Tensor) -> None:
+        """Store new tokens.
+
+        Args:
+            x: (1, heads, n, width).
+            blocks: (n), the block of each token.
+            places: (n), its place there.
+        """
+        if not self.planes:
+            return
+        lanes, at = self.lanes(blocks), places.unsqueeze(1)
+        for plane, part in zip(self.planes, self.side.packing.pack(x.to(self.side.dtype)), strict=True):
+            plane[lanes, at] = part[0].transpose(0, 1)
+
+    def read(self, blocks: Tensor) -> Tensor:
+        """The tokens (*b, heads, n tokens, width) of blocks (*b, n), decoded."""
+        if not self.planes:
+            shape = (*blocks.shape[:-1], self.side.heads, blocks.shape[-1] * self.tokens, 0)
+            return torch.empty(shape, dtype=self.side.dtype, device=blocks.device)
+        lanes = self.lanes(blocks).transpose(-1, -2)
+        parts = tuple(plane[lanes].flatten(-3, -2) for plane in self.planes)
+        return self.side.packing.unpack(parts, self.side.width)
+
+    def rows(self, lanes: Tensor) -> StoredRows:
+        """Lanes (R) as kernels read them."""
+        numbers, scale, low = (*self.planes, None, None)[:3]
+        bits = self.side.packing.bits
+        assert bits is not None
+        first = torch.zeros_like(lanes)
+        return StoredRows(numbers, scale, low, bits, self.side.width, lanes, first)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one layer lies in its pages."""
+
+    keys: Side
+    values: Side
+
+    def of(self, cache: Tensor) -> tuple[SidePages, SidePages]:
+        """The keys and the values in an engine's cache (blocks, 1, tokens, content)."""
+        tokens = cache.shape[2]
+        pages = torch.as_strided(
+            cache, (len(cache), cache[0].numel()), (cache.stride(0), 1), cache.storage_offset()
+        )
+        pages = pages.view(torch.uint8)
+        return (
+            SidePages(self.keys, pages, 0, tokens),
+            SidePages(self.values, pages, tokens * self.keys.token_bytes, tokens),
+        )
+
+    def to_dtype(self, dtype: torch.dtype) -> Layout:
+        """The same for numbers of another dtype."""
+        return Layout(replace(self.keys, dtype=dtype), replace(self.values, dtype=dtype))
