@@ -85,3 +85,15 @@ def test_packed_pages(model, tmp_path, bits):
     answers = served(model, given, {"plan": str(plan)})
     assert answers.blocks == 16 * 2**20 // (128 * 3 * token_bytes)
     check_same(answers, of_our_cache(model, given, plan), within=5e-3)
+
+
+def test_floats_of_8_bits_in_the_engines_kernel(model, tmp_path):
+    """Half the bytes of bf16; probabilities are near those of fp32, whose text they follow for a while."""
+    plan = saved_plan(tmp_path / "plan", model, **ROUTES["projected"])
+    given = prompts(7, 21, 300)
+    answers = served(model, given, {"plan": str(plan)}, dtype="bfloat16", kv_cache_dtype="fp8")
+    assert answers.blocks == 16 * 2**20 // (128 * 3 * 2 * 64)
+    tokens, logprobs = of_our_cache(model, given, plan)
+    firsts = [abs(a[0] - b[0]) for a, b in zip(answers.logprobs, logprobs, strict=True)]
+    assert max(firsts) < 0.3
+    assert sum(a[0] == b[0] for a, b in zip(answers.tokens, tokens, strict=True)) >= 2

@@ -14,21 +14,17 @@ PACKINGS = {"fp32": Unpacked(), "int8": PerToken(8), "int4": PerToken(4), "int2"
 SIDES = {"alike": ((2, 8), (2, 8)), "unlike": ((1, 20), (3, 12)), "wide": ((2, 40), (1, 7))}
 
 
-def cache_of(layout: Layout, dtype: torch.dtype = torch.float32, spare: int = 0) -> torch.Tensor:
+def cache_of(layout: Layout, spare: int = 0) -> torch.Tensor:
     """Pages as the engine gives them, with `spare` numbers between them."""
-    packed = layout.keys.packing.bits
-    token_bytes = layout.keys.token_bytes + layout.values.token_bytes
-    kind = torch.uint8 if packed else dtype
-    content = token_bytes // kind.itemsize
-    return torch.zeros(BLOCKS, TOKENS * content + spare, dtype=kind)[:, : TOKENS * content].unflatten(
-        1, (1, TOKENS, content)
-    )
+    *_, content = layout.page_shape(BLOCKS, TOKENS)
+    pages = torch.zeros(BLOCKS, TOKENS * content + spare, dtype=layout.page_dtype)
+    return pages[:, : TOKENS * content].unflatten(1, (1, TOKENS, content))
 
 
 def filled(packing, shapes, dtype=torch.float32, spare=0):
     """(both sides, what was written into each (1, heads, n, width), blocks, places)."""
     layout = Layout(*(Side(heads, width, PACKINGS[packing], dtype) for heads, width in shapes))
-    sides = layout.of(cache_of(layout, dtype, spare))
+    sides = layout.of(cache_of(layout, spare))
     # three tokens in each of two blocks, and a full block
     blocks = torch.tensor([3, 3, 3, 1, 1, 1, *[4] * TOKENS])
     places = torch.tensor([0, 1, 31, 5, 6, 7, *range(TOKENS)])

@@ -21,7 +21,9 @@ def configured_rope(config: PreTrainedConfig, device: torch.device | str = "cpu"
     small = copy.deepcopy(config)
     inner = small.get_text_config()
     # a model of one small layer rotates as the whole does
-    inner.num_hidden_layers, inner.vocab_size, inner.pad_token_id, inner.layer_types = 1, 8, None, None
+    inner.num_hidden_layers, inner.vocab_size, inner.pad_token_id = 1, 8, None
+    if getattr(inner, "layer_types", None) is not None:
+        inner.layer_types = ["full_attention"]
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
     return families.rope(model, 0)

@@ -7,18 +7,20 @@ from pathlib import Path
 
 import pico
 import pytest
+import torch
 from attention_kinds import KINDS
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowkey.attention import LowkeyConfig
 from lowkey.core.types import LowkeyError
-from lowkey.models.families import plain_architecture
+from lowkey.models.families import geometry, plain_architecture, rope
 from lowkey.models.fingerprint import checkpoint_fingerprint, model_fingerprint
 from lowkey.policies import policy_to_dict
 from lowkey.policies.snapkv import SnapKV
 from lowkey.serving import engine
 from lowkey.serving.requests import Request, check_cache_dtype, check_engine, served_plan
+from lowkey.serving.rotation import configured_rope
 
 WRONG = [
     ("plan", "plan 'plan': give an object"),
@@ -168,3 +170,15 @@ def test_own_models_that_are_plain_ones(kind):
 
 def test_a_plain_model_has_no_other_architecture():
     assert plain_architecture(pico.build("llama").config) is None
+
+
+# -- rotation
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-yarn", "qwen3", "mistral", "gemma3_text"])
+def test_a_config_rotates_as_its_model_does(name):
+    model, at = pico.build(name), torch.tensor([[0, 1, 77, 400]])
+    layer = geometry(model).compressible[0]
+    expected = rope(model, layer)(at, torch.empty(0))
+    found = configured_rope(model.config)(at, torch.empty(0))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def equip(model: nn.Module, vllm_config: VllmConfig) -> None:
         request.kernel == "own",
     )
     check_cache_dtype(cache_dtype, {route.name for route in found.values()})
-    codecs = _codecs(plan, list(found), configured_rope(config, device))
+    rope = configured_rope(config, device)
+    codecs = _codecs(plan, list(found), replace(rope, module=Remembering(rope.module)))
     replaced = set()
     for name, part in list(model.named_modules()):
         attention = getattr(part, "attn", None)
@@ -81,6 +83,20 @@ def equip(model: nn.Module, vllm_config: VllmConfig) -> None:
             f"model: layer {min(missing)} has no attention that can be replaced; serve it without a plan"
         )
     _tell(request, plan, found)
+
+
+class Remembering:
+    """A rotary module that answers at once if it is asked again for the positions of the same batch."""
+
+    def __init__(self, module: Any) -> None:
+        self.module, self.asked, self.answer = module, (), ()
+
+    def __call__(self, like: torch.Tensor, positions: torch.Tensor) -> Any:
+        """(cos, sin) of positions, in the dtype of `like`."""
+        # by identity: all layers of a batch ask with the same tensor, which is kept and cannot be another
+        if not (self.asked and self.asked[0] is positions and self.asked[1] == like.dtype):
+            self.asked, self.answer = (positions, like.dtype), self.module(like, positions)
+        return self.answer
 
 
 def _codecs(plan: Plan, layers: list[int], rope: Any) -> dict[int, Codec]:

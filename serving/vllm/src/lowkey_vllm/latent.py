@@ -8,7 +8,7 @@ attends in matrix products, as lowkey's own cache does.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -53,6 +53,25 @@ class PageRows:
     longest: int
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """As many new tokens of each of some sequences.
+
+    Args:
+        blocks: (b, pages), of the sequences.
+        index: (b, t), where in the batch the new tokens are.
+        at: (b, t), their positions.
+        positions: (b, s), of all tokens of the longest sequence.
+        visible: (b, t, s), which of them each new token sees.
+    """
+
+    blocks: Tensor
+    index: Tensor
+    at: Tensor
+    positions: Tensor
+    visible: Tensor
+
+
 @dataclass
 class Metadata(AttentionMetadata):
     """What all layers of a group need to know of a batch.
@@ -64,6 +83,7 @@ class Metadata(AttentionMetadata):
         slots: (n), block and place of the new tokens, as one number.
         table: (b, pages), the blocks of each sequence.
         block_size: tokens of a page.
+        found, chunks: what layers have asked for already.
     """
 
     starts: list[int]
@@ -72,6 +92,48 @@ class Metadata(AttentionMetadata):
     slots: Tensor
     table: Tensor
     block_size: int
+    found: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    chunks: dict[tuple[int, ...], Chunk] = field(default_factory=dict)
+
+    @cached_property
+    def token_positions(self) -> Tensor:
+        """`positions` as one sequence (1, n), the same object for every layer."""
+        return self.positions.unsqueeze(0)
+
+    def lanes(self, side: SidePages, rows: int) -> Tensor:
+        """The lanes of all rows of `pages`, found once for layers that lie alike.
+
+        Args:
+            side: the keys or the values of a layer.
+            rows: of a page; several may read the same lane.
+        """
+        heads = side.side.heads
+        key = side.of_a_page, side.of_a_head, heads, rows
+        if key not in self.found:
+            row = torch.arange(rows, device=self.table.device) * heads // rows
+            self.found[key] = side.lanes(self.pages.blocks)[:, row].flatten()
+        return self.found[key]
+
+    def of_rows(self, x: str, rows: int) -> Tensor:
+        """The `lengths` or the `starts` of all rows of `pages`, found once."""
+        key = rows, int(x == "starts")
+        if key not in self.found:
+            of_pages = self.pages.lengths if x == "lengths" else self.pages.index * self.block_size
+            self.found[key] = of_pages.repeat_interleave(rows)
+        return self.found[key]
+
+    def chunk(self, rows: tuple[int, ...]) -> Chunk:
+        """The new tokens of some sequences, as many of each; found once."""
+        if rows not in self.chunks:
+            device, longest = self.slots.device, max(self.lengths[i] for i in rows)
+            pages = -(-longest // self.block_size)
+            blocks = self.table[torch.tensor(rows, device=self.table.device), :pages].long()
+            spans = [range(self.starts[i], self.starts[i + 1]) for i in rows]
+            index = torch.tensor(spans, device=device)
+            at, positions = self.positions[index], torch.arange(longest, device=device)
+            visible = positions <= at.unsqueeze(2)
+            self.chunks[rows] = Chunk(blocks, index, at, positions.expand(len(rows), -1), visible)
+        return self.chunks[rows]
 
     @cached_property
     def decoding(self) -> list[int]:
@@ -207,6 +269,15 @@ class LatentImpl(AttentionImpl):
         if rope is not None:
             self.rotation = rotation_below(rope, like, self.longest)
             self.positions = torch.arange(self.longest, dtype=torch.int32)
+        self._warm_up(like)
+
+    def _warm_up(self, like: Tensor) -> None:
+        """Take a step over one page of zeros, so that kernels are compiled before the first user asks."""
+        zero = torch.zeros(1, dtype=torch.long, device=like.device)
+        page = torch.zeros(self.layout.page_shape(1, 32), dtype=self.layout.page_dtype, device=like.device)
+        query = like.new_zeros(1, self.num_heads, self.head_size)
+        md = Metadata([0, 1], [1], zero, zero, zero.unsqueeze(0), 32)
+        self._step(query, md, *self.layout.of(page), torch.empty_like(query))
 
     def forward(
         self,
@@ -243,7 +314,7 @@ class LatentImpl(AttentionImpl):
         k, v = (x.transpose(0, 1).unsqueeze(0) for x in (key, value))  # (1, h, n, d)
         if (order := self.codec.order) is not None:
             k, v = k[:, order], v[:, order]
-        stored = self.codec.encode(k, v, md.positions.unsqueeze(0))
+        stored = self.codec.encode(k, v, md.token_positions)
         for side, x in zip((keys, values), stored, strict=True):
             side.write(x, *md.places)
 
@@ -262,12 +333,8 @@ class LatentImpl(AttentionImpl):
         else:
             rows_of_a_page = self.num_kv_heads
         pages = md.pages
-        row = torch.arange(rows_of_a_page, device=q.device)
-        k, v = (
-            side.rows(side.lanes(pages.blocks)[:, row * count // rows_of_a_page].flatten())
-            for side, count in zip((keys, values), counts, strict=True)
-        )
-        lengths = pages.lengths.repeat_interleave(rows_of_a_page)
+        k, v = (side.rows(md.lanes(side, rows_of_a_page)) for side in (keys, values))
+        lengths = md.of_rows("lengths", rows_of_a_page)
         rebuilding = None if meets else self._rebuilding(md, rows_of_a_page)
         by_row = q.flatten(1, 3).unflatten(1, (rows_of_a_page, -1))[pages.sequence].flatten(0, 1)
         ready = None
@@ -292,31 +359,27 @@ class LatentImpl(AttentionImpl):
         if self.rotation is None:
             return None
         maps, mean = self.codec.key_maps(self.num_kv_heads)
-        firsts = (md.pages.index * md.block_size).repeat_interleave(rows_of_a_page)
-        return Rebuilding(maps, mean, self.positions, firsts, self.rotation)
+        return Rebuilding(maps, mean, self.positions, md.of_rows("starts", rows_of_a_page), self.rotation)
 
     def _read(
         self, rows: list[int], query: Tensor, md: Metadata, keys: SidePages, values: SidePages, output: Tensor
     ) -> None:
         """New tokens of some sequences, as many of each, over pages that are gathered and decoded."""
-        longest = max(md.lengths[i] for i in rows)
-        device = query.device
-        blocks = md.table[torch.tensor(rows, device=device), : -(-longest // md.block_size)].long()
-        k, v = (side.read(blocks)[:, :, :longest].to(query.dtype) for side in (keys, values))
-        index = torch.tensor([range(md.starts[i], md.starts[i + 1]) for i in rows], device=device)  # (b, t)
-        at, positions = md.positions[index], torch.arange(longest, device=device).expand(len(rows), -1)
-        q = query[index].unflatten(2, (self.num_kv_heads, -1)).permute(0, 2, 3, 1, 4)  # (b, h, g, t, d)
+        chunk = md.chunk(tuple(rows))
+        longest = chunk.positions.shape[1]
+        k, v = (side.read(chunk.blocks)[:, :, :longest].to(query.dtype) for side in (keys, values))
+        q = query[chunk.index].unflatten(2, (self.num_kv_heads, -1)).permute(0, 2, 3, 1, 4)  # (b, h, g, t, d)
         if (order := self.codec.order) is not None:
             q = q[:, order]
-        visible = positions.unsqueeze(1) <= at.unsqueeze(2)
         if len(rows) > 1:  # blocks behind a shorter sequence may hold anything, also what is no number
-            own = visible.any(1)[:, None, :, None]
+            own = chunk.visible.any(1)[:, None, :, None]
             k, v = (torch.where(own, x, 0.0) for x in (k, v))
-        segment = replace(self.codec.segment(q, k, v, positions, at), mask=visible)
+        segment = self.codec.segment(q, k, v, chunk.positions, chunk.at)
+        segment = replace(segment, mask=chunk.visible)
         out = grouped.attend([segment], self.scale, self.softcap)
         if self.back is not None:
             out = out[:, self.back]
-        output[index] = out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(output.dtype)
+        output[chunk.index] = out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(output.dtype)
 
 
 def _merged(sums: Tensor, lse: Tensor, pages: PageRows, sequences: int, rows: int) -> Tensor:
@@ -380,8 +443,7 @@ class LatentAttention(Attention):
 
 def page_spec(layout: Layout, block_size: int) -> KVCacheSpec:
     """The bytes of a page, as vLLM counts them. A packed page is one of bytes."""
-    packed = layout.keys.packing.bits or layout.values.packing.bits
-    dtype = torch.uint8 if packed else layout.keys.dtype
+    dtype = layout.page_dtype
     key_bytes, value_bytes = layout.keys.token_bytes, layout.values.token_bytes
     size = dtype.itemsize
     return FullAttentionSpec(

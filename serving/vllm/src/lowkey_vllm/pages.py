@@ -116,6 +116,17 @@ class Layout:
     keys: Side
     values: Side
 
+    @property
+    def page_dtype(self) -> torch.dtype:
+        """In which the engine counts a page: bytes, if it is packed."""
+        packed = self.keys.packing.bits or self.values.packing.bits
+        return torch.uint8 if packed else self.keys.dtype
+
+    def page_shape(self, blocks: int, tokens: int) -> tuple[int, int, int, int]:
+        """The engine's cache of so many blocks."""
+        token_bytes = self.keys.token_bytes + self.values.token_bytes
+        return blocks, 1, tokens, token_bytes // self.page_dtype.itemsize
+
     def of(self, cache: Tensor) -> tuple[SidePages, SidePages]:
         """The keys and the values in an engine's cache (blocks, 1, tokens, content)."""
         tokens = cache.shape[2]
