@@ -16,14 +16,14 @@ from lowkey.core.errors import LowkeyError
 from lowkey.core.options import Range, checked
 from lowkey.models.names import check_dtype, check_name, is_gguf
 from lowkey.serving import engine
-from lowkey.serving.engine import EXACT, KERNELS
+from lowkey.serving.engine import EXACT_CHOICES, KERNEL_CHOICES
 
 if TYPE_CHECKING:
     from lowkey.serving.routes import Route
 
 PORTS = Range(at_least=1, at_most=2**16 - 1)
 BLOCKS = Range(at_least=32, at_most=2**12)
-BLOCK = 128  # tokens of a page, as the engine has them on a CPU
+PAGE_TOKENS = 128  # tokens of a page, as the engine has them on a CPU
 USUAL_MEMORY = "1GiB"  # on a CPU, where the engine would take nearly all there is
 
 
@@ -71,7 +71,7 @@ def serve(
         typer.Option(
             metavar="N", help=f"tokens of a page, a multiple of 32 ({BLOCKS})", rich_help_panel=CACHE
         ),
-    ] = BLOCK,
+    ] = PAGE_TOKENS,
     host: Annotated[
         str, typer.Option(metavar="ADDRESS", help="address to listen on", rich_help_panel=SERVER)
     ] = "127.0.0.1",
@@ -108,12 +108,12 @@ def serve(
     length = None if context is None else parse_tokens("context", context)
     room = None if memory is None else int(parse_bytes("memory", memory))
     checked("port", port, int, PORTS, 8000)
-    if checked("block", block, int, BLOCKS, BLOCK) % 32:
+    if checked("block", block, int, BLOCKS, PAGE_TOKENS) % 32:
         raise LowkeyError(f"block {block}: must be a multiple of 32; give {block // 32 * 32 + 32}")
-    check_word("exact", exact, EXACT)
-    check_word("kernel", kernel, KERNELS)
+    check_word("exact", exact, EXACT_CHOICES)
+    check_word("kernel", kernel, KERNEL_CHOICES)
     options = parse_pairs(engine_option, "engine option")
-    engine.check_options(options)
+    engine.check_engine_options(options)
     if not host.strip() or not host.isprintable():
         raise LowkeyError(f"host {host!r}: give an address, like 127.0.0.1")
     check_dtype(dtype)
@@ -190,7 +190,7 @@ def _prepared(
     told |= {"block": block, "context": used, **rows}
     for name in ("", "full_"):
         if room is not None:
-            told[f"{name}room"] = vars(routes.room(room, rows[f"{name}token_bytes"], block, used))
+            told[f"{name}room"] = vars(routes.capacity(room, rows[f"{name}token_bytes"], block, used))
     return told, engine.Start(
         str(folder),
         model,

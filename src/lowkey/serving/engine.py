@@ -35,8 +35,8 @@ OWN_OPTIONS = {  # options of the engine that the command makes itself, and what
     "host": "--host",
     "port": "--port",
 }
-KERNELS = ("auto", "own")  # whose attention runs over latents
-EXACT = ("plan", "none")  # which exact tokens are kept
+KERNEL_CHOICES = ("auto", "own")  # whose attention runs over latents
+EXACT_CHOICES = ("plan", "none")  # which exact tokens are kept
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}  # nothing is sent anywhere
 
 
@@ -123,7 +123,7 @@ def replace_process(command: Sequence[str]) -> None:
     os.execve(command[0], list(command), os.environ | QUIET)
 
 
-def check_options(given: Mapping[str, str]) -> None:
+def check_engine_options(given: Mapping[str, str]) -> None:
     """Refuse names that are no options of an engine, and those that the command makes itself.
 
     Args:

@@ -14,7 +14,7 @@ from lowkey.core.types import LowkeyError
 from lowkey.models import families
 from lowkey.models.fingerprint import check_fingerprint, checkpoint_fingerprint
 from lowkey.plan.plan import Plan
-from lowkey.serving.engine import EXACT, KERNELS
+from lowkey.serving.engine import EXACT_CHOICES, KERNEL_CHOICES
 from lowkey.storage.packing import scheme_or_none
 
 
@@ -46,7 +46,7 @@ class Request:
             raise LowkeyError(f"plan {shown(values['plan'])}: give the folder that lowkey compress wrote")
         if values.get("plan"):
             values["plan"] = Path(values["plan"])
-        for name, known in (("kernel", KERNELS), ("exact", EXACT)):
+        for name, known in (("kernel", KERNEL_CHOICES), ("exact", EXACT_CHOICES)):
             if values.get(name, known[0]) not in known:
                 raise LowkeyError(
                     f"{name} {shown(values[name])} is unknown; choose one of {', '.join(known)}"

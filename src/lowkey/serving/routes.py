@@ -122,7 +122,7 @@ def routes(
 
 
 @dataclass(frozen=True)
-class Room:
+class Capacity:
     """What fits into the memory for pages.
 
     Args:
@@ -134,7 +134,7 @@ class Room:
     users: int
 
 
-def room(memory: float, token_bytes: int, block: int, context: int) -> Room:
+def capacity(memory: float, token_bytes: int, block: int, context: int) -> Capacity:
     """Count what fits.
 
     Args:
@@ -145,4 +145,4 @@ def room(memory: float, token_bytes: int, block: int, context: int) -> Room:
     """
     blocks = int(memory // (token_bytes * block))
     # the engine keeps one block for itself
-    return Room(blocks * block, max(0, blocks - 1) // -(-context // block))
+    return Capacity(blocks * block, max(0, blocks - 1) // -(-context // block))

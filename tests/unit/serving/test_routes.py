@@ -7,7 +7,7 @@ from dataclasses import replace
 import pico
 import pytest
 
-from lowkey.serving.routes import CPU_HEAD_SIZES, Room, projected_shape, room, routes
+from lowkey.serving.routes import CPU_HEAD_SIZES, Capacity, capacity, projected_shape, routes
 
 HEADS, D, BYTES = 4, pico.HEAD_DIM, 4  # of the pico model, in fp32
 
@@ -35,7 +35,7 @@ def test_latents_lie_side_by_side_in_the_kernels_heads(rank, shape):
     assert projected_shape(pico.factors(HEADS, rank, rank), HEADS, CPU_HEAD_SIZES) == shape
 
 
-def test_of_equally_small_shapes_the_one_with_most_heads_is_taken():
+def test_of_equal_shapes_the_one_with_most_heads_is_taken():
     assert projected_shape(pico.factors(HEADS, 8, 8), HEADS, (8, 16, 32)) == (4, 8)
 
 
@@ -83,8 +83,8 @@ def test_integers_without_maps_keep_every_channel():
 
 def test_room_counts_whole_pages():
     """10 pages of 4 tokens: the engine keeps one; a user of 5 tokens has 2."""
-    assert room(10 * 4 * 100 + 99, 100, 4, 5) == Room(tokens=40, users=4)
+    assert capacity(10 * 4 * 100 + 99, 100, 4, 5) == Capacity(tokens=40, users=4)
 
 
 def test_room_for_nobody():
-    assert room(10, 100, 4, 5) == Room(tokens=0, users=0)
+    assert capacity(10, 100, 4, 5) == Capacity(tokens=0, users=0)
