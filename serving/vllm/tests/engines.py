@@ -67,8 +67,15 @@ def forked(function: Callable[[], Any]) -> Any:
 
 @cache
 def imported() -> Any:
-    """vLLM, imported once."""
+    """vLLM, imported once, with what its engines import."""
     import vllm
+    import vllm.model_executor.models.llama
+    import vllm.model_executor.models.qwen3
+    import vllm.v1.engine.llm_engine
+    import vllm.v1.worker.cpu_worker
+
+    import lowkey_vllm.equip
+    import lowkey_vllm.own  # noqa: F401
 
     return vllm
 
