@@ -30,7 +30,9 @@ def measured(setting: dict[str, Any]) -> dict[str, Any]:
     """
     from vllm import LLM, SamplingParams
 
-    config = {"plan": setting["plan"], "kernel": setting["kernel"]} if setting["plan"] else None
+    config = (
+        {"plan": setting["plan"], "kernel": setting["kernel"], "exact": "none"} if setting["plan"] else None
+    )
     llm = LLM(
         model=setting["model"],
         dtype=setting["dtype"],

@@ -6,6 +6,7 @@ import pytest
 from engines import (
     Answers,
     asked,
+    check_near,
     check_same,
     engine,
     forked,
@@ -84,7 +85,7 @@ def test_packed_pages(model, tmp_path, bits):
     given = prompts(7, 21, 300)
     answers = served(model, given, {"plan": str(plan)})
     assert answers.blocks == 16 * 2**20 // (128 * 3 * token_bytes)
-    check_same(answers, of_our_cache(model, given, plan), within=5e-3)
+    check_near(answers, of_our_cache(model, given, plan), within=5e-3)
 
 
 def test_floats_of_8_bits_in_the_engines_kernel(model, tmp_path):
