@@ -98,3 +98,10 @@ def test_floats_of_8_bits_in_the_engines_kernel(model, tmp_path):
     firsts = [abs(a[0] - b[0]) for a, b in zip(answers.logprobs, logprobs, strict=True)]
     assert max(firsts) < 0.3
     assert sum(a[0] == b[0] for a, b in zip(answers.tokens, tokens, strict=True)) >= 2
+
+
+def test_a_compiled_model(model, plan):
+    """torch.compile sees the products around the engine's kernel, and our attention as one operation."""
+    given = prompts(7, 21, 300)
+    answers = served(model, given, {"plan": str(plan)}, enforce_eager=False)
+    check_same(answers, of_our_cache(model, given, plan))
