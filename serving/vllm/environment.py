@@ -42,11 +42,12 @@ def environment() -> Path:
     """The Python of the environment, which is made if it is not there. Raises: CannotInstallError."""
     place = folder()
     python, mark = place / "bin" / "python", place / ".ready"
-    if not mark.exists():
+    if not mark.exists() or not _runs(python):
+        mark.unlink(missing_ok=True)
         _check_possible(place)
         print(f"installing {PIN} into {place}: 3.5 GB, 3 to 20 minutes, once", file=sys.stderr, flush=True)
-        if not python.exists():
-            subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+        # what an interrupted installation left is used again, and its Python and pip are mended
+        _checked("venv", [sys.executable, "-m", "venv", str(place)])
         _pip(python, "install", PIN)
         _pip(python, "uninstall", "-y", *UNUSABLE)
         _pip(python, "install", *BESIDE, *FOR_TESTS)
@@ -69,13 +70,26 @@ def _check_possible(place: Path) -> None:
         raise CannotInstallError(f"{existing} has {free >> 30} GiB free, and {SPACE >> 30} are needed")
 
 
+def _runs(python: Path) -> bool:
+    """Whether the Python of an environment and its pip are there."""
+    if not python.exists():
+        return False
+    return not subprocess.run([str(python), "-m", "pip", "--version"], capture_output=True).returncode
+
+
 def _pip(python: Path, *words: str) -> None:
     """Run pip of the environment. Raises: CannotInstallError with the reason that pip gives."""
-    command = [str(python), "-m", "pip", *words, "-q", "--disable-pip-version-check"]
+    _checked(f"pip {words[0]}", [str(python), "-m", "pip", *words, "-q", "--disable-pip-version-check"])
+
+
+def _checked(what: str, command: list[str]) -> None:
+    """Run a command. Raises: CannotInstallError with the first error that it tells."""
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        told = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")] or ["pip failed"]
-        raise CannotInstallError(f"pip {words[0]}: {told[0][:300]}")
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        told = [line for line in lines if line.startswith("ERROR:")] or lines[-1:] or ["failed"]
+        away = " (no package index was reached)" if "Retrying" in done.stderr else ""
+        raise CannotInstallError(f"{what}{away}: {told[0][:300]}")
 
 
 def main() -> int:

@@ -100,7 +100,7 @@ def test_nothing_is_started_with_another_version(place, monkeypatch):
 
 
 REFUSED = {
-    "exact tokens": (["--plan", "windowed"], "keeps 4 sinks and 8 recent tokens exact"),
+    "fp8 beside exact tokens": (["--plan", "windowed", "-E", "kv-cache-dtype=fp8"], "windowed route"),
     "fp8": (["--plan", "pre", "-E", "kv-cache-dtype=fp8"], "latent route"),
     "two devices": (["--plan", "bare", "-E", "tensor-parallel-size=2"], "tensor parallel size 2"),
     "half a device": (["--plan", "bare", "-E", "tensor-parallel-size=x"], "must be a whole number"),
@@ -118,6 +118,22 @@ def test_what_is_refused(place, monkeypatch, what):
     words, told = REFUSED[what]
     monkeypatch.chdir(place)
     assert told in refused("serve", "model", "--dry-run", *words)
+
+
+def test_exact_tokens_are_told(place):
+    """3 layers of 2 x 32 numbers of 4 bytes, 8 + 4 of them exact: see the unit tests for the blocks."""
+    words = ("--plan", place / "windowed", "--memory", "1MiB", "--context", 100, "--json")
+    told = json.loads(dry(place, *words).out)
+    assert {row["route"] for row in told["layers"]} == {"windowed"}
+    assert told["exact"] == {"sinks": 4, "window": 8, "blocks_per_user": told["exact"]["blocks_per_user"]}
+    assert told["room"]["users"] < 9
+
+
+def test_steps_are_short_beside_exact_tokens(place, started):
+    done("serve", place / "model", "--plan", place / "windowed")
+    done("serve", place / "model", "--plan", place / "windowed", "-E", "max-num-batched-tokens=64")
+    chunks = [words[words.index("--max-num-batched-tokens") + 1] for words in started]
+    assert chunks == ["512", "64"]
 
 
 def test_exact_tokens_can_be_given_up(place):

@@ -75,7 +75,8 @@ def imported() -> Any:
     import vllm.v1.worker.cpu_worker
 
     import lowkey_vllm.equip
-    import lowkey_vllm.own  # noqa: F401
+    import lowkey_vllm.own
+    import lowkey_vllm.windowed  # noqa: F401
 
     return vllm
 
@@ -131,7 +132,7 @@ def of_our_cache(
         tokens, logprobs = [], []
         for ids in prompts:
             with torch.no_grad():
-                cache = make_cache(own, maps, exact=None if maps is None else Exact(0, 0))
+                cache = make_cache(own, maps, exact=None if maps is None else Exact(maps.sinks, maps.recent))
                 stored = cache if maps is not None else None
                 inputs, found = torch.tensor([ids]), []
                 for _ in range(new):

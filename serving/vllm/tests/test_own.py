@@ -6,7 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import MEMORY, check_same, of_our_cache, prompts, served
+from engines import (
+    MEMORY,
+    Answers,
+    asked,
+    check_same,
+    engine,
+    forked,
+    imported,
+    of_our_cache,
+    prompts,
+    served,
+)
 from lowkey.attention import LowkeyConfig, LowkeyForCausalLM, layer_costs, register
 from lowkey.models.families import plain_architecture
 from lowkey.models.loading import load_tokenizer
@@ -63,3 +74,28 @@ def test_our_own_models(tmp_path, kind):
     check_same(answers, of_our_cache(folder, given))
     assert answers.blocks == MEMORY // (128 * 4 * sum(cost.stored for cost in layer_costs(config)))
     assert (plain is not None) == (kind in ("gqa", "mqa"))
+
+
+@pytest.mark.parametrize("kind", ["mla", "lrkv", "mea", "gta", "k_eq_v"])
+def test_our_own_models_are_preempted_and_share_prefixes(tmp_path, kind):
+    """With torch.compile allowed. Pages of 32 tokens, 13 of them: five prompts fit, but not their answers."""
+    folder, config = saved(tmp_path / "model", kind)
+    token_bytes = 4 * sum(cost.stored for cost in layer_costs(config))
+    given, shared = prompts(*[70] * 5), prompts(96, seed=1)[0]
+    late = [[*shared, 5, 6], [*shared, 7, 8, 9]]
+
+    def run():
+        llm = engine(
+            folder,
+            enforce_eager=False,
+            block_size=32,
+            kv_cache_memory_bytes=13 * 32 * token_bytes,
+            max_model_len=256,
+        )
+        return [asked(llm, given), *(asked(llm, [ids]) for ids in late)]
+
+    imported()
+    together, first, second = (Answers(*answers) for answers in forked(run))
+    assert together.blocks == 13 and together.preemptions > 0 and second.cached == [96]
+    for answers, ids in ((together, given), (first, late[:1]), (second, late[1:])):
+        check_same(answers, of_our_cache(folder, ids))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lowkey.backends.ragged import stored_rows
-from lowkey.storage.packing import PerToken, Unpacked
+from lowkey.storage.packing import PerChannel, PerToken, Unpacked
 
 from lowkey_vllm.pages import Layout, Side
 
@@ -14,11 +14,11 @@ PACKINGS = {"fp32": Unpacked(), "int8": PerToken(8), "int4": PerToken(4), "int2"
 SIDES = {"alike": ((2, 8), (2, 8)), "unlike": ((1, 20), (3, 12)), "wide": ((2, 40), (1, 7))}
 
 
-def cache_of(layout: Layout, spare: int = 0) -> torch.Tensor:
+def cache_of(layout: Layout, spare: int = 0, tokens: int = TOKENS) -> torch.Tensor:
     """Pages as the engine gives them, with `spare` numbers between them."""
-    *_, content = layout.page_shape(BLOCKS, TOKENS)
-    pages = torch.zeros(BLOCKS, TOKENS * content + spare, dtype=layout.page_dtype)
-    return pages[:, : TOKENS * content].unflatten(1, (1, TOKENS, content))
+    *_, units, content = layout.page_shape(BLOCKS, tokens)
+    pages = torch.zeros(BLOCKS, units * content + spare, dtype=layout.page_dtype)
+    return pages[:, : units * content].unflatten(1, (1, units, content))
 
 
 def filled(packing, shapes, dtype=torch.float32, spare=0):
@@ -75,3 +75,31 @@ def test_what_holds_nothing_is_read_as_nothing():
     _, values = layout.of(cache_of(layout))
     values.write(torch.empty(1, 1, 1, 0), torch.tensor([0]), torch.tensor([0]))
     assert values.read(torch.tensor([[0, 1]])).shape == (1, 1, 2 * TOKENS, 0)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_of_tokens_are_packed_together(bits, dtype):
+    """Keys with a scale for each channel of 32 tokens, beside values packed token by token."""
+    layout = Layout(Side(2, 20, PerChannel(bits), dtype), Side(1, 24, PerToken(bits), dtype))
+    keys, values = layout.of(cache_of(layout, tokens=64))
+    generator = torch.Generator().manual_seed(0)
+    k, v = (
+        torch.randn(1, s.side.heads, 96, s.side.width, generator=generator).to(dtype) for s in (keys, values)
+    )
+    # three units: the second of block 4, the first of block 1, and the second of block 1
+    keys.write(k, torch.tensor([4, 1, 1]), torch.tensor([1, 0, 1]))
+    values.write(v, torch.tensor([4, 1, 1]).repeat_interleave(32), torch.arange(96).add(32) % 64)
+    at = torch.cat([torch.arange(4 * 64 + 32, 4 * 64 + 64), torch.arange(64, 128)])
+    for side, x in ((keys, k), (values, v)):
+        packing = side.side.packing
+        read = side.read(torch.arange(BLOCKS).unsqueeze(0))
+        assert torch.equal(read[:, :, at], packing.unpack(packing.pack(x), x.shape[-1]))
+    lanes = keys.lanes(torch.tensor([1])).flatten()
+    decoded = keys.rows(lanes).decoded(0, 64, torch.float32)
+    assert torch.allclose(decoded, keys.read(torch.tensor([[1]]))[0].float(), atol=1e-2)
+
+
+def test_single_tokens_are_taken():
+    (keys, _), (k, _), blocks, places = filled("fp32", SIDES["alike"])
+    assert torch.equal(keys.taken(blocks[2:5], places[2:5]), k[0, :, 2:5].transpose(0, 1))

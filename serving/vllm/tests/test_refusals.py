@@ -20,7 +20,12 @@ def place(tmp_path_factory):
 
 CASES = {
     "another model": ("other", {"plan": "latent"}, {}, "plan was made for model"),
-    "exact tokens": ("model", {"plan": "windowed"}, {}, "keeps 4 sinks and 0 recent tokens exact"),
+    "fp8 beside exact tokens": (
+        "model",
+        {"plan": "windowed"},
+        {"kv_cache_dtype": "fp8", "dtype": "bfloat16"},
+        "windowed route",
+    ),
     "fp8": ("model", {"plan": "latent"}, {"kv_cache_dtype": "fp8", "dtype": "bfloat16"}, "latent route"),
     "drafts": (
         "model",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 PORTS = Range(at_least=1, at_most=2**16 - 1)
 BLOCKS = Range(at_least=32, at_most=2**12)
 PAGE_TOKENS = 128  # tokens of a page, as the engine has them on a CPU
+CHUNK = (
+    512  # new tokens of a step beside exact tokens, all of which are stored exactly until the step is over
+)
 USUAL_MEMORY = "1GiB"  # on a CPU, where the engine would take nearly all there is
 
 
@@ -36,8 +40,7 @@ def serve(
         str,
         typer.Option(
             metavar="NAME",
-            help="plan: sinks and recent tokens as the plan has them, which is refused unless it has none; "
-            "none: all tokens as latents",
+            help="plan: sinks and recent tokens as the plan has them; none: all tokens as latents",
             rich_help_panel=CACHE,
         ),
     ] = "plan",
@@ -175,7 +178,10 @@ def _prepared(
     plan = requests.served_plan(asked, folder, config)
     architecture = families.plain_architecture(config)
     told: dict[str, Any] = {"model": model, "plan": request.get("plan"), "memory_bytes": room}
+    exact: routes.ExactShape | None = None
     if families.is_own(config) and architecture is None:
+        parallel = (_count(options, f"{kind}-parallel-size") for kind in ("tensor", "pipeline"))
+        requests.check_own_engine(config, cache_dtype, *parallel)
         rows = _own_rows(config, number.itemsize)
     else:
         shape = families.configured_shapes(config)
@@ -185,12 +191,18 @@ def _prepared(
         heads = shape.kv_heads, shape.head_dim
         found = routes.routes(plan, layers, heads, itemsize, sizes, asked.kernel == "own")
         requests.check_cache_dtype(cache_dtype, {route.name for route in found.values()})
-        rows = _rows(found, 2 * shape.kv_heads * shape.head_dim * number.itemsize)
+        rows = _rows(found, kv_bytes := 2 * shape.kv_heads * shape.head_dim * number.itemsize)
+        if plan is not None:
+            stored = rows["token_bytes"] * block
+            exact = routes.exact_shape(plan, kv_bytes, len(found), block, stored)
     used = length or longest or 2048
     told |= {"block": block, "context": used, **rows}
-    for name in ("", "full_"):
-        if room is not None:
-            told[f"{name}room"] = vars(routes.capacity(room, rows[f"{name}token_bytes"], block, used))
+    if exact is not None:
+        told["exact"] = {"sinks": plan.sinks, "window": exact.window, "blocks_per_user": exact.blocks}
+        options = {"max-num-batched-tokens": str(CHUNK), **options}
+    if room is not None:
+        told["room"] = vars(routes.capacity(room, rows["token_bytes"], block, used, exact))
+        told["full_room"] = vars(routes.capacity(room, rows["full_token_bytes"], block, used))
     return told, engine.Start(
         str(folder),
         model,
@@ -242,18 +254,23 @@ def _own_rows(config: Any, itemsize: int) -> dict[str, Any]:
 
 
 def _tell(told: Mapping[str, Any]) -> None:
-    """Print the routes in runs of layers that are alike, and what fits."""
-    layers, start = told["layers"], 0
-    for i, row in enumerate(layers):
-        after = layers[i + 1] if i + 1 < len(layers) else {}
-        if any(row[name] != after.get(name) for name in ("route", "bytes", "width")):
-            first, last = layers[start]["layer"], row["layer"]
-            where = f"layer {first}" if first == last else f"layers {first} to {last}"
-            wide = f", heads of {row['width']}" if row["route"] == "projected" else ""
-            say(f"{where}: {row['route']}{wide}, {row['bytes']} bytes per token")
-            start = i + 1
+    """Print the routes in runs of layers, and what fits."""
+    for (route, width), rows in groupby(told["layers"], key=lambda row: (row["route"], row["width"])):
+        run = list(rows)
+        first, last = run[0]["layer"], run[-1]["layer"]
+        where = f"layer {first}" if first == last else f"layers {first} to {last}"
+        wide = f", heads of {width}" if route == "projected" else ""
+        least, most = (f"{pick(row['bytes'] for row in run):g}" for pick in (min, max))
+        sizes = least if least == most else f"{least} to {most}"
+        say(f"{where}: {route}{wide}, {sizes} bytes per token")
     token, full = told["token_bytes"], told["full_token_bytes"]
-    say(f"a token takes {token:,} bytes, {100 * token / full:.1f}% of the {full:,} of the full cache")
+    say(f"a token takes {token:,.0f} bytes, {100 * token / full:.1f}% of the {full:,} of the full cache")
+    if "exact" in told:
+        exact = told["exact"]
+        say(
+            f"exact: the first {exact['sinks']} tokens of a user and the last {exact['window']} at most, in "
+            f"{exact['blocks_per_user']} blocks"
+        )
     if "room" in told:
         room, stock = told["room"], told["full_room"]
         mib = told["memory_bytes"] / 2**20

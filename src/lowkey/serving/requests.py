@@ -15,7 +15,6 @@ from lowkey.models import families
 from lowkey.models.fingerprint import check_fingerprint, checkpoint_fingerprint
 from lowkey.plan.plan import Plan
 from lowkey.serving.engine import EXACT_CHOICES, KERNEL_CHOICES
-from lowkey.storage.packing import scheme_or_none
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,8 @@ class Request:
     Args:
         plan: the folder of a plan; None to store keys and values as the model makes them.
         kernel: `auto` for each layer whatever takes less memory; `own` for our own attention in all layers.
-        exact: `plan`: the exact tokens that the plan asks for, which engines cannot hold yet; `none`: no
-            token is kept exactly, whatever the plan says.
+        exact: `plan`: the exact tokens that the plan asks for; `none`: no token is kept exactly, whatever the
+            plan says.
     """
 
     plan: Path | None = None
@@ -78,6 +77,33 @@ def check_engine(cache_dtype: str, tensor_parallel: int, speculative: bool) -> N
         )
 
 
+def check_own_engine(
+    config: PreTrainedConfig, cache_dtype: str, tensor_parallel: int, pipeline_parallel: int
+) -> None:
+    """Refuse settings of an engine under which one of our own models cannot be served.
+
+    Args:
+        config: of the model.
+        cache_dtype: of the engine's cache; `auto` for the model's.
+        tensor_parallel: over how many devices each layer is spread.
+        pipeline_parallel: over how many devices layers are spread.
+
+    Raises:
+        LowkeyError: for such settings.
+    """
+    if tensor_parallel != 1 or pipeline_parallel != 1:
+        raise LowkeyError("model of our own: is served on one device; use data parallelism for more")
+    if cache_dtype != "auto":
+        raise LowkeyError(
+            f"KV cache dtype {shown(cache_dtype)}: our own models store in the model's dtype; give auto"
+        )
+    kind = families.rope_parameters(config).get("rope_type", "default")
+    if kind in families.LENGTH_DEPENDENT_ROPE:
+        raise LowkeyError(
+            f"model with rope_type {kind!r}: its frequencies follow the length, which is not served"
+        )
+
+
 def check_cache_dtype(cache_dtype: str, names: set[str]) -> None:
     """Refuse 8-bit floats in layers that our own attention reads.
 
@@ -88,10 +114,10 @@ def check_cache_dtype(cache_dtype: str, names: set[str]) -> None:
     Raises:
         LowkeyError: for such layers.
     """
-    if cache_dtype.startswith("fp8") and "latent" in names:
+    if cache_dtype.startswith("fp8") and (ours := names & {"latent", "windowed"}):
         raise LowkeyError(
-            f"KV cache dtype {shown(cache_dtype)}: layers on the latent route cannot be read from it; give "
-            "auto, and pack the latents in integers instead (lowkey compress --bits 8)"
+            f"KV cache dtype {shown(cache_dtype)}: layers on the {min(ours)} route cannot be read from it; "
+            "give auto, and pack the latents in integers instead (lowkey compress --bits 8)"
         )
 
 
@@ -104,7 +130,7 @@ def served_plan(request: Request, folder: Path, config: PreTrainedConfig) -> Pla
         config: of the model, as transformers reads it.
 
     Returns:
-        The plan, without exact tokens; None if none was asked for.
+        The plan, with the exact tokens that are wanted; None if no plan was asked for.
 
     Raises:
         LowkeyError: for a plan of another model or of a form that no engine holds yet.
@@ -120,17 +146,6 @@ def served_plan(request: Request, folder: Path, config: PreTrainedConfig) -> Pla
             f"{name}: drops tokens by policy {plan.policy['name']!r}, and engines cannot free single tokens "
             "of a page; serve a plan of ranks and bits, or use lowkey generate"
         )
-    packed = scheme_or_none(plan.bits)
-    if packed is not None and (packed.keys.block > 1 or packed.values.block > 1):
-        raise LowkeyError(
-            f"{name}: packs blocks of {packed.keys.block} tokens ({plan.bits}), which stay exact until a "
-            "block is full; serve a plan with int8 or int4"
-        )
-    if request.exact == "plan" and (plan.sinks or plan.recent):
-        raise LowkeyError(
-            f"{name}: keeps {plan.sinks} sinks and {plan.recent} recent tokens exact, which engines cannot "
-            "hold yet; compress with --sinks 0 --recent 0, or serve all tokens as latents with exact 'none'"
-        )
     known = plan.provenance
     check_fingerprint(
         "plan",
@@ -145,7 +160,7 @@ def served_plan(request: Request, folder: Path, config: PreTrainedConfig) -> Pla
             raise LowkeyError(
                 f"{name}: stores keys before rotation, and rope_type {kind!r} follows the length"
             )
-    return replace(plan, sinks=0, recent=0)
+    return plan if request.exact == "plan" else replace(plan, sinks=0, recent=0)
 
 
 def check_model_served(config: PreTrainedConfig) -> None:

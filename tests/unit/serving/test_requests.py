@@ -19,7 +19,13 @@ from lowkey.models.fingerprint import checkpoint_fingerprint, model_fingerprint
 from lowkey.policies import policy_to_dict
 from lowkey.policies.snapkv import SnapKV
 from lowkey.serving import engine
-from lowkey.serving.requests import Request, check_cache_dtype, check_engine, served_plan
+from lowkey.serving.requests import (
+    Request,
+    check_cache_dtype,
+    check_engine,
+    check_own_engine,
+    served_plan,
+)
 from lowkey.serving.rotation import configured_rope
 
 WRONG = [
@@ -87,15 +93,14 @@ def test_a_folder_that_lacks_a_weight(folder, tmp_path):
 # -- plans
 
 
-def test_a_plan_is_served_without_exact_tokens(folder, tmp_path):
-    plan = served(folder, tmp_path, exact="none", sinks=4, recent=32)
-    assert (plan.sinks, plan.recent) == (0, 0)
+@pytest.mark.parametrize(("exact", "kept"), [("plan", (4, 32)), ("none", (0, 0))])
+def test_exact_tokens_are_kept_as_asked(folder, tmp_path, exact, kept):
+    plan = served(folder, tmp_path, exact=exact, sinks=4, recent=32, bits="kivi4")
+    assert (plan.sinks, plan.recent) == kept
 
 
 REFUSED = {
-    "exact tokens": ({"sinks": 4}, "keeps 4 sinks and 0 recent tokens exact"),
     "a policy": ({"policy": policy_to_dict(SnapKV("50%"))}, "drops tokens by policy 'snapkv'"),
-    "blocks of tokens": ({"bits": "kivi4"}, "packs blocks of 32 tokens (kivi4)"),
     "another model": (
         {"provenance": {"model": "other", "model_sha256": "2:0", "versions": {}}},
         "plan was made for model 'other'",
@@ -136,8 +141,28 @@ def test_settings_of_an_engine_that_are_refused(given, told):
 def test_floats_of_8_bits_are_for_the_engines_kernel_alone():
     check_engine("fp8", 1, False)
     check_cache_dtype("fp8", {"projected"})
-    with pytest.raises(LowkeyError, match="latent route"):
-        check_cache_dtype("fp8", {"projected", "latent"})
+    for name in ("latent", "windowed"):
+        with pytest.raises(LowkeyError, match=f"{name} route"):
+            check_cache_dtype("fp8", {"projected", name})
+
+
+OWN = {"hidden_size": 32, "num_attention_heads": 4, "head_dim": 8, "num_hidden_layers": 2, **KINDS["mla"]}
+
+
+@pytest.mark.parametrize(
+    ("given", "rope", "told"),
+    [
+        (("auto", 2, 1), "default", "served on one device"),
+        (("auto", 1, 2), "default", "served on one device"),
+        (("fp8", 1, 1), "default", "KV cache dtype 'fp8'"),
+        (("auto", 1, 1), "dynamic", "rope_type 'dynamic'"),
+    ],
+    ids=str,
+)
+def test_settings_that_are_refused_for_our_own_models(given, rope, told):
+    config = LowkeyConfig(**OWN, rope_parameters={"rope_type": rope, "rope_theta": 1e4, "factor": 2.0})
+    with pytest.raises(LowkeyError, match=told):
+        check_own_engine(config, *given)
 
 
 # -- the engine

@@ -7,7 +7,15 @@ from dataclasses import replace
 import pico
 import pytest
 
-from lowkey.serving.routes import CPU_HEAD_SIZES, Capacity, capacity, projected_shape, routes
+from lowkey.serving.routes import (
+    CPU_HEAD_SIZES,
+    Capacity,
+    ExactShape,
+    capacity,
+    exact_shape,
+    projected_shape,
+    routes,
+)
 
 HEADS, D, BYTES = 4, pico.HEAD_DIM, 4  # of the pico model, in fp32
 
@@ -88,3 +96,50 @@ def test_room_counts_whole_pages():
 
 def test_room_for_nobody():
     assert capacity(10, 100, 4, 5) == Capacity(tokens=0, users=0)
+
+
+# -- exact tokens
+
+
+@pytest.mark.parametrize("fields", [{"sinks": 4}, {"recent": 8}, {"bits": "kivi4"}], ids=str)
+def test_exact_tokens_lie_beside_latents(fields):
+    found = routed(rank_k=8, rank_v=8, **fields)
+    assert {r.name for r in found.values()} == {"windowed"}
+
+
+def test_a_block_of_tokens_shares_scales():
+    """Keys of rank 6: 16 bytes of codes, a scale and an offset for 32 tokens; values as in int4."""
+    assert {r.token_bytes for r in routed(bits="kivi4").values()} == {HEADS * (6 * 24 / 32 + 3 + 8)}
+
+
+def test_sizes_of_pages_that_would_be_taken_for_a_pattern():
+    """Three layers of three sizes: the smallest page is made as large as the next."""
+    plan = pico.plan(pico.attached("llama"), sinks=4)
+    factors = {i: pico.factors(HEADS, 6 + i, 6) for i in plan.factors}
+    found = routes(replace(plan, factors=factors), (0, 1, 2), (HEADS, D), BYTES, CPU_HEAD_SIZES)
+    assert [r.token_bytes for r in found.values()] == [HEADS * BYTES * n for n in (13, 13, 14)]
+
+
+def exact(block_bytes, **fields):
+    """30 layers whose exact tokens take 100 bytes each, beside pages of 128 tokens."""
+    return exact_shape(pico.plan(pico.attached("llama"), **fields), 100, 30, 128, block_bytes)
+
+
+def test_pages_of_exact_tokens():
+    """At 16 tokens, 30 pages fit into a block: of 63 tokens, five pages hold all, and one holds the sinks."""
+    shape = exact(48000, sinks=4, recent=32, bits="kivi4")
+    assert shape == ExactShape(tokens=16, window=63, blocks=6, block_bytes=48000)
+
+
+def test_pages_of_exact_tokens_larger_than_those_of_latents():
+    assert exact(10, recent=8) == ExactShape(tokens=8, window=8, blocks=30 * 2, block_bytes=800)
+
+
+def test_a_plan_without_exact_tokens_has_no_such_pages():
+    assert exact(48000) is None
+
+
+def test_room_beside_exact_tokens():
+    """40 blocks, of which the engine keeps one; a user of 5 tokens has 2 and 6 of exact tokens."""
+    shape = ExactShape(tokens=16, window=63, blocks=6, block_bytes=400)
+    assert capacity(40 * 400, 100, 4, 5, shape) == Capacity(tokens=34 * 4, users=4)

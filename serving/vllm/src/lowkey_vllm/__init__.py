@@ -2,9 +2,9 @@
 
 vLLM calls `register` in each of its processes (entry point `vllm.general_plugins`). From then on its classes
 of families that lowkey knows are subclasses that read `additional_config["lowkey"]`; without a plan there
-they are vLLM's own. `equip` gives their attention layers what a plan says, `projected` and `latent` are the
-two ways in which a layer stores latents, `pages` is how the second lies in memory, and `own` serves the
-models of `lowkey.attention`.
+they are vLLM's own. `equip` gives their attention layers what a plan says. `projected`, `latent` and
+`windowed` are the ways in which a layer stores latents, `exact` holds exact tokens beside the last, and
+`pages` is how what is stored lies in memory. `own` serves the models of `lowkey.attention`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,18 @@ def register() -> None:
     from lowkey.serving.engine import check_version, engine_version
     from vllm import ModelRegistry
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from .exact import ExactManager, ExactSpec
 
     check_version(engine_version() or "that is missing")
-    for name, place in (("LOWKEY_LATENT", "latent.LatentBackend"), ("LOWKEY_OWN", "own.OwnBackend")):
+    for place in ("latent.LatentBackend", "windowed.WindowedBackend", "exact.ExactBackend", "own.OwnBackend"):
+        name = f"LOWKEY_{place.partition('.')[0].upper()}"
         if name not in AttentionBackendEnum.__members__:
             register_backend(name, f"lowkey_vllm.{place}")
+    KVCacheSpecRegistry._ensure_registered()  # vLLM registers its own only while there are none
+    KVCacheSpecRegistry.register(ExactSpec, ExactManager, SlidingWindowSpec)
     register_own()
     ModelRegistry.register_model("LowkeyForCausalLM", "lowkey_vllm.own:LowkeyForCausalLM")
     for architecture in SERVED.values():

@@ -14,7 +14,7 @@ from lowkey.models.loading import local_folder
 from lowkey.plan.plan import Plan
 from lowkey.serving.requests import Request, check_cache_dtype, check_engine, served_plan
 from lowkey.serving.rotation import configured_rope
-from lowkey.serving.routes import CPU_HEAD_SIZES, GPU_HEAD_SIZES, Route, routes
+from lowkey.serving.routes import CPU_HEAD_SIZES, GPU_HEAD_SIZES, ExactShape, Route, exact_shape, routes
 from lowkey.storage.codec import Codec, LowRank, Plain
 from lowkey.storage.packing import Unpacked, scheme_or_none
 from torch import nn
@@ -24,8 +24,11 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
+from .exact import ExactPages
 from .latent import LatentAttention
+from .pages import Layout, Side
 from .projected import ProjectedAttention
+from .windowed import WindowedAttention
 
 logger = init_logger("vllm.lowkey")
 
@@ -67,6 +70,10 @@ def equip(model: nn.Module, vllm_config: VllmConfig) -> None:
         request.kernel == "own",
     )
     check_cache_dtype(cache_dtype, {route.name for route in found.values()})
+    block = vllm_config.cache_config.block_size
+    kv_bytes = 2 * shape.kv_heads * shape.head_dim * vllm_config.model_config.dtype.itemsize
+    stored = sum(route.token_bytes for route in found.values())
+    exact = exact_shape(plan, kv_bytes, len(found), block, stored * block)
     rope = configured_rope(config, device)
     codecs = _codecs(plan, list(found), replace(rope, module=Remembering(rope.module)))
     replaced = set()
@@ -76,7 +83,7 @@ def equip(model: nn.Module, vllm_config: VllmConfig) -> None:
             continue
         layer = extract_layer_index(name)
         if layer in found:
-            part.attn = _replacement(attention, plan, layer, found[layer], codecs[layer], vllm_config)
+            part.attn = _replacement(attention, plan, layer, found[layer], codecs[layer], exact, vllm_config)
             replaced.add(layer)
     if missing := set(found) - replaced:
         raise LowkeyError(
@@ -113,7 +120,13 @@ def _codecs(plan: Plan, layers: list[int], rope: Any) -> dict[int, Codec]:
 
 
 def _replacement(
-    stock: Attention, plan: Plan, layer: int, route: Route, codec: Codec, vllm_config: VllmConfig
+    stock: Attention,
+    plan: Plan,
+    layer: int,
+    route: Route,
+    codec: Codec,
+    exact: ExactShape | None,
+    vllm_config: VllmConfig,
 ) -> Attention:
     """The attention that takes a stock layer's place, and its name."""
     settings = {
@@ -123,19 +136,23 @@ def _replacement(
         "quant_config": stock.quant_config,
         "prefix": stock.layer_name,
     }
-    del vllm_config.compilation_config.static_forward_context[stock.layer_name]
+    context = vllm_config.compilation_config.static_forward_context
+    del context[stock.layer_name]
     if route.name == "projected":
         return ProjectedAttention(
             plan.factors[layer], (stock.num_kv_heads, stock.head_size), (route.heads, route.width), **settings
         )
     packed = scheme_or_none(plan.bits)
-    return LatentAttention(
-        codec,
-        (packed.keys, packed.values) if packed else (Unpacked(), Unpacked()),
-        head_size=stock.head_size,
-        num_kv_heads=stock.num_kv_heads,
-        **settings,
+    packings = (packed.keys, packed.values) if packed else (Unpacked(), Unpacked())
+    settings |= {"head_size": stock.head_size, "num_kv_heads": stock.num_kv_heads}
+    if exact is None:
+        return LatentAttention(codec, packings, **settings)
+    side = Side(stock.num_kv_heads, stock.head_size, Unpacked(), vllm_config.model_config.dtype)
+    pages = ExactPages(
+        f"{stock.layer_name}.exact", Layout(side, side), exact.tokens, plan.sinks, plan.recent, exact.window
     )
+    context[pages.layer_name] = pages
+    return WindowedAttention(codec, packings, pages, route.token_bytes, **settings)
 
 
 def _tell(request: Request, plan: Plan, found: dict[int, Route]) -> None:
@@ -144,7 +161,7 @@ def _tell(request: Request, plan: Plan, found: dict[int, Route]) -> None:
     for route, rows in groupby(found.items(), key=lambda item: item[1]):
         indices = [i for i, _ in rows]
         logger.info(
-            "lowkey: layers %d to %d: %s, %d bytes per token",
+            "lowkey: layers %d to %d: %s, %g bytes per token",
             indices[0],
             indices[-1],
             route.name,

@@ -414,6 +414,8 @@ class LatentAttention(Attention):
         settings: of vLLM's layer.
     """
 
+    backend: ClassVar[type[AttentionBackend]] = LatentBackend
+
     def __init__(self, codec: Codec, packings: tuple[Packing, Packing], **settings: Any) -> None:
         from vllm.config import get_current_vllm_config
 
@@ -428,7 +430,7 @@ class LatentAttention(Attention):
         ]
         self_layout = Layout(*sides)
         super().__init__(
-            attn_backend=LatentBackend,
+            attn_backend=self.backend,
             codec=codec,
             layout=self_layout,
             longest=get_current_vllm_config().model_config.max_model_len,

@@ -13,8 +13,7 @@ from lowkey.attention import LowkeyForCausalLM as OwnModel
 from lowkey.attention.base import Attention, LayerCall, split_into_heads
 from lowkey.attention.rotary import RotaryCall
 from lowkey.core.types import LowkeyError
-from lowkey.models.families import LENGTH_DEPENDENT_ROPE, rope_parameters
-from lowkey.serving.requests import Request
+from lowkey.serving.requests import Request, check_own_engine
 from lowkey.storage.packing import Unpacked
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -147,21 +146,13 @@ def _check(config: Any, vllm_config: VllmConfig) -> None:
             f"model with attention {config.attention!r} stores a small form of its own, which plans do not "
             "read; serve it without one"
         )
-    if (
-        vllm_config.parallel_config.tensor_parallel_size != 1
-        or vllm_config.parallel_config.pipeline_parallel_size != 1
-    ):
-        raise LowkeyError("model of our own: is served on one device; use data parallelism for more")
-    cache_dtype = str(vllm_config.cache_config.cache_dtype)
-    if cache_dtype != "auto":
-        raise LowkeyError(
-            f"KV cache dtype {cache_dtype!r}: our own models store in the model's dtype; give auto"
-        )
-    kind = rope_parameters(config).get("rope_type", "default")
-    if kind in LENGTH_DEPENDENT_ROPE:
-        raise LowkeyError(
-            f"model with rope_type {kind!r}: its frequencies follow the length, which is not served"
-        )
+    parallel = vllm_config.parallel_config
+    check_own_engine(
+        config,
+        str(vllm_config.cache_config.cache_dtype),
+        parallel.tensor_parallel_size,
+        parallel.pipeline_parallel_size,
+    )
 
 
 def _projected(

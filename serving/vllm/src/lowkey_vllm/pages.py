@@ -2,7 +2,8 @@
 
 A page holds one layer's block of tokens. It begins with the keys, one *lane* after another: a lane is one
 stored head of one block, all its tokens in order, so that kernels read it as they read any row. A packed lane
-holds the scales of its tokens, then their offsets, then their codes. Values follow in the same way.
+holds the scales of its tokens, then their offsets, then their codes. Values follow in the same way. What is
+packed together is a *unit*: a token, or several.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Side:
     Args:
         heads: stored heads.
         width: numbers of each, before they are packed.
-        packing: one token at a time.
+        packing: of units.
         dtype: of numbers, or of scales and offsets.
     """
 
@@ -34,8 +35,12 @@ class Side:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token of all heads."""
-        return self.heads * self.packing.nbytes(1, self.width, self.dtype.itemsize)
+        """Bytes of one token of all heads, if tokens are packed one by one."""
+        return self.page_bytes(1)
+
+    def page_bytes(self, tokens: int) -> int:
+        """Bytes of some tokens of all heads, a multiple of what is packed together."""
+        return self.heads * self.packing.nbytes(tokens, self.width, self.dtype.itemsize)
 
 
 class SidePages:
@@ -53,24 +58,37 @@ class SidePages:
         self.planes: list[Tensor] = []
         if not side.width:  # of some of our own models, where keys hold everything
             return
-        lane_bytes = tokens * side.token_bytes // side.heads
+        self.unit = side.packing.block
+        lane_bytes, units = side.page_bytes(tokens) // side.heads, tokens // self.unit
         # lanes of one page and of the next lie at different distances; their common divisor is a distance
         # at which all of them lie, with numbers between them that are no lanes
         apart = math.gcd(pages.stride(0), lane_bytes)
         self.of_a_page, self.of_a_head = pages.stride(0) // apart, lane_bytes // apart
         count = (len(pages) - 1) * self.of_a_page + (side.heads - 1) * self.of_a_head + 1
-        sample = side.packing.pack(torch.zeros(1, side.heads, 1, side.width, dtype=side.dtype))
+        sample = self._packed(torch.zeros(1, side.heads, self.unit, side.width, dtype=side.dtype))
         # codes last: scales stand on multiples of their size
         order = [*range(1, len(sample)), 0]
         views: dict[int, Tensor] = {}
         at = pages.storage_offset() + start
         for i in order:
-            part = sample[i]
-            row_bytes = part.shape[-1] * part.element_size()
-            plane = torch.as_strided(pages, (count, tokens, row_bytes), (apart, row_bytes, 1), at)
-            views[i] = plane.view(part.dtype)
-            at += tokens * row_bytes
+            *rest, last = sample[i].shape[2:]
+            shape = [*rest, last * sample[i].element_size()]
+            steps = [math.prod(shape[k:]) for k in range(len(shape))]  # from a unit to the next, and within
+            plane = torch.as_strided(pages, (count, units, *shape), (apart, *steps, 1), at)
+            views[i] = plane.view(sample[i].dtype)
+            at += units * steps[0]
         self.planes = [views[i] for i in range(len(sample))]
+
+    def _packed(self, x: Tensor) -> list[Tensor]:
+        """New tokens (1, heads, n, width) as planes hold them: (units, heads, ...) for each plane."""
+        parts = self.side.packing.pack(x)
+        if self.unit == 1:
+            return [part[0].transpose(0, 1) for part in parts]
+        units = x.shape[2] // self.unit
+        codes, *scales = (
+            part[0] for part in parts
+        )  # (heads, width, bytes of all units), (heads, width, units)
+        return [codes.unflatten(2, (units, -1)).permute(2, 0, 1, 3), *(x.permute(2, 0, 1) for x in scales)]
 
     def lanes(self, blocks: Tensor) -> Tensor:
         """The lanes (*blocks, heads) of blocks."""
@@ -82,14 +100,23 @@ class SidePages:
 
         Args:
             x: (1, heads, n, width).
-            blocks: (n), the block of each token.
-            places: (n), its place there.
+            blocks: (units), the block of each unit.
+            places: (units), its place there.
         """
         if not self.planes:
             return
         lanes, at = self.lanes(blocks), places.unsqueeze(1)
-        for plane, part in zip(self.planes, self.side.packing.pack(x.to(self.side.dtype)), strict=True):
-            plane[lanes, at] = part[0].transpose(0, 1)
+        for plane, part in zip(self.planes, self._packed(x.to(self.side.dtype)), strict=True):
+            plane[lanes, at] = part
+
+    def taken(self, blocks: Tensor, places: Tensor) -> Tensor:
+        """Single tokens (*n, heads, width) of pages that are not packed.
+
+        Args:
+            blocks: (*n), the block of each token.
+            places: (*n), its place there.
+        """
+        return self.planes[0][self.lanes(blocks), places.unsqueeze(-1)]
 
     def read(self, blocks: Tensor) -> Tensor:
         """The tokens (*b, heads, n tokens, width) of blocks (*b, n), decoded."""
@@ -97,7 +124,14 @@ class SidePages:
             shape = (*blocks.shape[:-1], self.side.heads, blocks.shape[-1] * self.tokens, 0)
             return torch.empty(shape, dtype=self.side.dtype, device=blocks.device)
         lanes = self.lanes(blocks).transpose(-1, -2)
-        parts = tuple(plane[lanes].flatten(-3, -2) for plane in self.planes)
+        if self.unit == 1:
+            parts = tuple(plane[lanes].flatten(-3, -2) for plane in self.planes)
+        else:
+            codes, *scales = (plane[lanes] for plane in self.planes)  # (*b, heads, n, units, width, ...)
+            parts = (
+                codes.flatten(-4, -3).transpose(-3, -2).flatten(-2),
+                *(x.flatten(-3, -2).transpose(-2, -1) for x in scales),
+            )
         return self.side.packing.unpack(parts, self.side.width)
 
     def rows(self, lanes: Tensor) -> StoredRows:
@@ -117,6 +151,15 @@ class Layout:
     values: Side
 
     @property
+    def unit(self) -> int:
+        """Tokens that are packed together, of keys or of values."""
+        return max(self.keys.packing.block, self.values.packing.block)
+
+    def unit_bytes(self) -> int:
+        """Bytes of so many tokens."""
+        return self.keys.page_bytes(self.unit) + self.values.page_bytes(self.unit)
+
+    @property
     def page_dtype(self) -> torch.dtype:
         """In which the engine counts a page: bytes, if it is packed."""
         packed = self.keys.packing.bits or self.values.packing.bits
@@ -124,19 +167,18 @@ class Layout:
 
     def page_shape(self, blocks: int, tokens: int) -> tuple[int, int, int, int]:
         """The engine's cache of so many blocks."""
-        token_bytes = self.keys.token_bytes + self.values.token_bytes
-        return blocks, 1, tokens, token_bytes // self.page_dtype.itemsize
+        return blocks, 1, tokens // self.unit, self.unit_bytes() // self.page_dtype.itemsize
 
     def of(self, cache: Tensor) -> tuple[SidePages, SidePages]:
-        """The keys and the values in an engine's cache (blocks, 1, tokens, content)."""
-        tokens = cache.shape[2]
+        """The keys and the values in an engine's cache (blocks, 1, units, content)."""
+        tokens = cache.shape[2] * self.unit
         pages = torch.as_strided(
             cache, (len(cache), cache[0].numel()), (cache.stride(0), 1), cache.storage_offset()
         )
         pages = pages.view(torch.uint8)
         return (
             SidePages(self.keys, pages, 0, tokens),
-            SidePages(self.values, pages, tokens * self.keys.token_bytes, tokens),
+            SidePages(self.values, pages, self.keys.page_bytes(tokens), tokens),
         )
 
     def to_dtype(self, dtype: torch.dtype) -> Layout:

@@ -1,0 +1,179 @@
+"""Our own attention over latents beside exact tokens, and over latents that are packed in blocks of tokens.
+
+New tokens are stored exactly first (`exact`). When a block of tokens is complete, its latents are packed into
+the sequence's page of latents, from where they are read when the window has left the block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from lowkey.backends import grouped
+from lowkey.backends.segment import Segment
+from lowkey.storage.codec import Codec
+from lowkey.storage.packing import Packing
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from .exact import SIDE_BY_SIDE, ExactMetadata, ExactPages
+from .latent import LatentAttention, LatentBackend, LatentImpl, Metadata
+from .pages import SidePages
+
+
+class WindowedBackend(LatentBackend):
+    """Says to vLLM what our attention beside exact tokens is."""
+
+    @staticmethod
+    def get_name() -> str:
+        """The name under which it is registered."""
+        return "LOWKEY_WINDOWED"
+
+    @staticmethod
+    def get_impl_cls() -> type[LatentImpl]:
+        """The class that computes."""
+        return WindowedImpl
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """How pages of layers lie beside one another."""
+        return SIDE_BY_SIDE
+
+
+class Stored(NamedTuple):
+    """What one layer stores of a batch's sequences.
+
+    Args:
+        md: the batch, for pages of latents.
+        exact: the same for pages of exact tokens.
+        latents: the layer's.
+        pages: its exact tokens.
+    """
+
+    md: Metadata
+    exact: ExactMetadata
+    latents: tuple[SidePages, SidePages]
+    pages: ExactPages
+
+    def taken(self, sequences: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Exact keys and values (b, h, n, d) of tokens (b, n) of sequences (b, 1|n)."""
+        size = self.exact.block_size
+        blocks = self.exact.table[sequences, index // size].long()
+        k, v = (side.taken(blocks, index % size).transpose(1, 2) for side in self.pages.sides())
+        return k, v
+
+    def latents_of(self, sequences: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The latents (b, G, count, r) of the first tokens of sequences (b)."""
+        blocks = self.md.table[sequences, : -(-count // self.md.block_size)].long()
+        k, v = (side.read(blocks)[:, :, :count] for side in self.latents)
+        return k, v
+
+
+class WindowedImpl(LatentImpl):
+    """One layer's attention over its pages of latents and of exact tokens."""
+
+    def _warm_up(self, like: Tensor) -> None:
+        """Nothing is compiled for the first user."""
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Metadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Store new tokens and attend; see vLLM's `AttentionImpl.forward`."""
+        md, pages = attn_metadata, layer.exact
+        if md is None:
+            return output.zero_()
+        every: Any = get_forward_context().attn_metadata
+        exact: ExactMetadata = every[pages.layer_name]
+        stored = Stored(md, exact, self._sides(kv_cache), pages)
+        n, order = len(md.positions), self.codec.order
+        for side, x in zip(pages.sides(), (key, value), strict=True):
+            new = x[:n].transpose(0, 1).unsqueeze(0)  # (1, h, n, d)
+            side.write(new if order is None else new[:, order], *exact.places)
+        self._pack(stored)
+        for rows in ([md.decoding] if md.decoding else []) + [[i] for i in md.reading]:
+            self._answer(rows, query, stored, output)
+        return output
+
+    def _pack(self, stored: Stored) -> None:
+        """Pack the units that the new tokens complete, out of the pages of exact tokens."""
+        md, exact = stored.md, stored.exact
+        sequence, index = exact.completed_units(self.layout.unit)
+        if not len(index):
+            return
+        k, v = stored.taken(sequence, index.unsqueeze(0))
+        for side, x in zip(stored.latents, self.codec.encode(k, v, index.unsqueeze(0)), strict=True):
+            unit = side.side.packing.block
+            of, first = sequence[::unit], index[::unit]
+            place = first % md.block_size // unit
+            side.write(x, md.table[of, first // md.block_size].long(), place)
+
+    def _answer(self, rows: list[int], query: Tensor, stored: Stored, output: Tensor) -> None:
+        """New tokens of some sequences, as many of each."""
+        pages = stored.pages
+        view = stored.exact.view(rows, pages.sinks, pages.recent, self.layout.unit)
+        q = query[view.index].unflatten(2, (self.num_kv_heads, -1)).permute(0, 2, 3, 1, 4)  # (b, h, g, t, d)
+        if (order := self.codec.order) is not None:
+            q = q[:, order]
+        row = torch.tensor(rows, device=view.index.device)
+        segments = [Segment(q, *stored.taken(row.unsqueeze(1), view.exact), view.exact_mask)]
+        if view.stored:
+            k, v = stored.latents_of(row, view.stored)
+            # places that no query sees may hold anything, also what is no number
+            own = view.stored_mask.any(1)[:, None, :, None]
+            k, v = (torch.where(own, x, 0.0).to(query.dtype) for x in (k, v))
+            places = torch.arange(view.stored, device=row.device).expand(len(rows), -1)
+            far = self.codec.segment(q, k, v, places, view.at)
+            segments.append(replace(far, mask=view.stored_mask))
+        out = grouped.attend(segments, self.scale, self.softcap)
+        if self.back is not None:
+            out = out[:, self.back]
+        output[view.index] = out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(output.dtype)
+
+
+class WindowedAttention(LatentAttention):
+    """vLLM's attention layer with pages of latents, and others of exact tokens.
+
+    Args:
+        codec: the form of keys and values.
+        packings: of keys and of values.
+        exact: the layer's exact tokens.
+        token_bytes: of a page, for each token; it may be more than latents take.
+        settings: of vLLM's layer.
+    """
+
+    backend = WindowedBackend
+
+    def __init__(
+        self,
+        codec: Codec,
+        packings: tuple[Packing, Packing],
+        exact: ExactPages,
+        token_bytes: float,
+        **settings: Any,
+    ) -> None:
+        super().__init__(codec, packings, **settings)
+        self.exact, self.unit_bytes = exact, round(token_bytes * self.layout.unit)
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        """What a page of latents takes."""
+        return FullAttentionSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=1,
+            head_size=self.layout.keys.width,
+            dtype=self.layout.page_dtype,
+            tokens_per_state=self.layout.unit,
+            state_content_bytes=self.unit_bytes,
+        )
