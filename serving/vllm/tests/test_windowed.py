@@ -77,7 +77,7 @@ def test_a_prefix_is_known_with_its_exact_tokens(model, plan):
 
 
 def test_preempted_requests_see_the_same(model, tmp_path):
-    """With torch.compile. A request takes 2 blocks of latents and 3 of exact tokens at first, 5 and 4 at last."""
+    """With torch.compile. A request takes 2 blocks of latents and 3 of exact tokens, and at last 5 and 4."""
     fields, token_bytes, _ = PLANS["exact tokens"]
     folder, given, new = saved_plan(tmp_path / "plan", model, **fields), prompts(*[33] * 6), 100
 

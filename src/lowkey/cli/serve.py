@@ -197,7 +197,7 @@ def _prepared(
             exact = routes.exact_shape(plan, kv_bytes, len(found), block, stored)
     used = length or longest or 2048
     told |= {"block": block, "context": used, **rows}
-    if exact is not None:
+    if plan is not None and exact is not None:
         told["exact"] = {"sinks": plan.sinks, "window": exact.window, "blocks_per_user": exact.blocks}
         options = {"max-num-batched-tokens": str(CHUNK), **options}
     if room is not None:

@@ -133,7 +133,8 @@ def exact_shape(plan: Plan, kv_bytes: int, layers: int, block: int, block_bytes:
     unit = unit_of(plan)
     if not (plan.sinks or plan.recent or unit > 1):
         return None
-    window, found = max(plan.recent + unit - 1, unit), []
+    window = max(plan.recent + unit - 1, unit)
+    found: list[ExactShape] = []
     for tokens in (8, 16, 32, 64, 128):
         page = tokens * kv_bytes
         if block % tokens == 0 and (page <= block_bytes or not found):
