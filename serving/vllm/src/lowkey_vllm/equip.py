@@ -85,7 +85,9 @@ def equip(model: nn.Module, vllm_config: VllmConfig) -> None:
         if layer in found:
             part.attn = _replacement(attention, plan, layer, found[layer], codecs[layer], exact, vllm_config)
             replaced.add(layer)
-    if missing := set(found) - replaced:
+    inner: Any = getattr(model, "model", model)
+    here = range(inner.start_layer, inner.end_layer)  # other processes of a pipeline hold the others
+    if missing := set(found) & set(here) - replaced:
         raise LowkeyError(
             f"model: layer {min(missing)} has no attention that can be replaced; serve it without a plan"
         )

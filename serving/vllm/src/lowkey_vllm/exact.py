@@ -7,7 +7,7 @@ back to other sequences; those of the first tokens stay as long as the sequence 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -124,6 +124,7 @@ class View:
     Args:
         index: (b, t), where in the batch the new tokens are.
         at: (b, t), their positions.
+        left: (b, t), the tokens from the first on that their windows have left.
         stored: the tokens from the first on that some of them see as latents.
         stored_mask: (b, t, stored), which.
         exact: (b, e), tokens that are read exactly.
@@ -132,6 +133,7 @@ class View:
 
     index: Tensor
     at: Tensor
+    left: Tensor
     stored: int
     stored_mask: Tensor
     exact: Tensor
@@ -146,11 +148,26 @@ class ExactMetadata(Metadata):
     others as latents. So it is the same whether a prompt is read at once, in chunks, or again.
 
     Args:
-        views, completed: what layers have asked for already.
+        views, completed, steps: what layers have asked for already.
     """
 
     views: dict[tuple[int, ...], View] = field(default_factory=dict)
     completed: tuple[Tensor, Tensor] | None = None
+    steps: dict[int, tuple[Metadata, Metadata]] = field(default_factory=dict)
+
+    def far(self, md: Metadata, left: Tensor) -> Metadata:
+        """A batch as if the sequences that decode ended where their windows begin.
+
+        Args:
+            md: the batch, for pages of latents.
+            left: (b, 1), the tokens of these sequences that their windows have left.
+        """
+        if id(md) not in self.steps:  # by identity: the batch is kept and cannot be another
+            lengths = list(md.lengths)
+            for i, count in zip(md.decoding, left[:, 0].tolist(), strict=True):
+                lengths[i] = count
+            self.steps[id(md)] = md, replace(md, lengths=lengths, found={}, chunks={})
+        return self.steps[id(md)][1]
 
     def completed_units(self, unit: int) -> tuple[Tensor, Tensor]:
         """The tokens of all units that the new tokens complete: (n) sequences, and (n) places in them."""
@@ -189,7 +206,7 @@ class ExactMetadata(Metadata):
         in_window = (near.unsqueeze(1) >= behind) & (near.unsqueeze(1) <= own)
         exact = torch.cat([first.expand(len(rows), -1), near], 1).minimum(lengths - 1)
         exact_mask = torch.cat([first < behind, in_window], 2)
-        self.views[key] = View(index, at, stored, (far < behind) & (far >= sinks), exact, exact_mask)
+        self.views[key] = View(index, at, left, stored, (far < behind) & (far >= sinks), exact, exact_mask)
         return self.views[key]
 
 

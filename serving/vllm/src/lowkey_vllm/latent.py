@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from lowkey.backends import grouped
 from lowkey.backends.ragged import prepared_segments
+from lowkey.backends.segment import Part
 from lowkey.backends.stored import Rebuilding, StepSegment
 from lowkey.storage.codec import Codec
 from lowkey.storage.packing import Packing
@@ -347,7 +348,7 @@ class LatentImpl(AttentionImpl):
         queries = (by_row, None) if meets else (None, by_row)
         sums, _, _, lse = ready.attend(queries, self.scale, self.softcap)
         assert sums is not None and lse is not None
-        out = _merged(sums, lse, pages, len(md.decoding), rows_of_a_page)  # (b, rows, m, r)
+        out, _ = merged(sums, lse, pages, len(md.decoding), rows_of_a_page)  # (b, rows, m, r)
         b, h = len(md.decoding), self.num_kv_heads
         out = self.codec.expand_output(out.view(b, h, -1, 1, out.shape[-1]))
         if self.back is not None:
@@ -382,7 +383,7 @@ class LatentImpl(AttentionImpl):
         output[chunk.index] = out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(output.dtype)
 
 
-def _merged(sums: Tensor, lse: Tensor, pages: PageRows, sequences: int, rows: int) -> Tensor:
+def merged(sums: Tensor, lse: Tensor, pages: PageRows, sequences: int, rows: int) -> Part:
     """Attention over whole sequences from that over their pages.
 
     Args:
@@ -393,16 +394,16 @@ def _merged(sums: Tensor, lse: Tensor, pages: PageRows, sequences: int, rows: in
         rows: of a page.
 
     Returns:
-        (b, rows, m, r).
+        (b, rows, m, r), and its log-sum-exp (b, rows, m).
     """
     m, r = sums.shape[1:]
-    if pages.longest == 1:
-        return sums.view(sequences, rows, m, r)
+    if pages.longest == 1 and len(pages.blocks) == sequences:
+        return sums.view(sequences, rows, m, r), lse.view(sequences, rows, m)
     scores = lse.new_full((sequences, pages.longest, rows, m), -torch.inf)
     out = sums.new_zeros(sequences, pages.longest, rows, m, r)
     scores[pages.sequence, pages.index] = lse.view(-1, rows, m)
     out[pages.sequence, pages.index] = sums.view(-1, rows, m, r)
-    return (scores.softmax(1).unsqueeze(-1) * out).sum(1)
+    return (scores.softmax(1).unsqueeze(-1) * out).sum(1), scores.logsumexp(1)
 
 
 class LatentAttention(Attention):

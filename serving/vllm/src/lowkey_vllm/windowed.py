@@ -6,23 +6,29 @@ the sequence's page of latents, from where they are read when the window has lef
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from lowkey.backends import grouped
-from lowkey.backends.segment import Segment
+from lowkey.backends.ragged import prepared_segments
+from lowkey.backends.segment import Part, Segment, merge_parts
+from lowkey.backends.stored import StepSegment
 from lowkey.storage.codec import Codec
 from lowkey.storage.packing import Packing
+from lowkey.storage.rebuilding import rotation_below
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from .exact import SIDE_BY_SIDE, ExactMetadata, ExactPages
-from .latent import LatentAttention, LatentBackend, LatentImpl, Metadata
+from .exact import SIDE_BY_SIDE, ExactMetadata, ExactPages, View
+from .latent import LatentAttention, LatentBackend, LatentImpl, Metadata, merged
 from .pages import SidePages
+
+HIDDEN = 32  # first tokens of a row that kernels can leave out
 
 
 class WindowedBackend(LatentBackend):
@@ -75,6 +81,15 @@ class Stored(NamedTuple):
 
 class WindowedImpl(LatentImpl):
     """One layer's attention over its pages of latents and of exact tokens."""
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Bring the maps to the dtype in which the model computes."""
+        super().process_weights_after_loading(act_dtype)
+        rope = self.codec.rotates_when_read
+        if rope is not None:
+            like = torch.empty(0, dtype=act_dtype, device=torch.get_default_device())
+            self.rotation = rotation_below(rope, like, self.longest)
+            self.positions = torch.arange(self.longest, dtype=torch.int32)
 
     def _warm_up(self, like: Tensor) -> None:
         """Nothing is compiled for the first user."""
@@ -129,18 +144,63 @@ class WindowedImpl(LatentImpl):
             q = q[:, order]
         row = torch.tensor(rows, device=view.index.device)
         segments = [Segment(q, *stored.taken(row.unsqueeze(1), view.exact), view.exact_mask)]
-        if view.stored:
+        far = self._far_step(q, view, stored) if rows == stored.md.decoding and view.stored else None
+        if far is None and view.stored:
             k, v = stored.latents_of(row, view.stored)
             # places that no query sees may hold anything, also what is no number
             own = view.stored_mask.any(1)[:, None, :, None]
             k, v = (torch.where(own, x, 0.0).to(query.dtype) for x in (k, v))
             places = torch.arange(view.stored, device=row.device).expand(len(rows), -1)
-            far = self.codec.segment(q, k, v, places, view.at)
-            segments.append(replace(far, mask=view.stored_mask))
-        out = grouped.attend(segments, self.scale, self.softcap)
+            segments.append(replace(self.codec.segment(q, k, v, places, view.at), mask=view.stored_mask))
+        if far is None:
+            out = grouped.attend(segments, self.scale, self.softcap)
+        else:
+            out, _ = merge_parts([far, grouped.partial(segments, self.scale, self.softcap)])
         if self.back is not None:
             out = out[:, self.back]
         output[view.index] = out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(output.dtype)
+
+    def _far_step(self, query: Tensor, view: View, stored: Stored) -> Part | None:
+        """Attention of a step of decoding over latents, whose pages are read where they lie.
+
+        Args:
+            query: (b, h, g, 1, d), one token of each sequence that decodes.
+            view: what they see.
+            stored: of the layer.
+
+        Returns:
+            The output (b, h, g, 1, d) and its log-sum-exp; None if no kernel can read the pages.
+        """
+        sinks, far = stored.pages.sinks, stored.exact.far(stored.md, view.left)
+        meets = self.codec.meets_stored_keys(self.softcap)
+        if sinks > HIDDEN or (far.pages.lengths[far.pages.index == 0] <= sinks).any():
+            return None
+        shift, at = None, query
+        if meets:
+            at, shift = self.codec.project_query(query, view.at)
+        elif self.rotation is None:
+            return None
+        heads = [side.side.heads for side in stored.latents]
+        rows = math.lcm(*heads) if meets else self.num_kv_heads
+        k, v = (side.rows(far.lanes(side, rows)) for side in stored.latents)
+        segment = StepSegment(
+            k,
+            v,
+            far.of_rows("lengths", rows),
+            as_latents=True,
+            hidden=torch.where(far.pages.index == 0, sinks, 0).repeat_interleave(rows),
+            rebuilding=None if meets else self._rebuilding(far, rows),
+        )
+        by_row = at.flatten(1, 3).unflatten(1, (rows, -1))[far.pages.sequence].flatten(0, 1)
+        ready = prepared_segments(by_row.shape[1], [segment])
+        if ready is None:
+            return None
+        sums, _, _, lse = ready.attend((by_row, None) if meets else (None, by_row), self.scale, self.softcap)
+        assert sums is not None and lse is not None
+        out, total = merged(sums, lse, far.pages, len(query), rows)
+        b, h, g = query.shape[:3]
+        out, total = self.codec.expand_output(out.view(b, h, g, 1, -1)), total.view(b, h, g, 1)
+        return out, total if shift is None else total + shift.view(b, h, g, 1) * self.scale
 
 
 class WindowedAttention(LatentAttention):
