@@ -44,6 +44,8 @@ PLANS: dict[str, tuple[str, list, list, dict[str, Any], list[int]]] = {
         {"layout": "pre_rope"},
         [512, 432, 392],
     ),
+    "another family": ("phi3", [(2, 30)], [(1, 12)], {"layout": "pre_rope"}, [432] * 3),
+    "yet another": ("granite", [(4, 64)], [(4, 64)], {}, [512] * 3),
     "before rotation, means and order": (
         "qwen3",
         [(2, 24)],
