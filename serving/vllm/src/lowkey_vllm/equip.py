@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lowkey.core.types import LowkeyError, identity_factors
@@ -24,6 +25,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
+from .batch import Shared
 from .exact import ExactPages
 from .latent import LatentAttention
 from .pages import Layout, Side
@@ -76,6 +78,7 @@ def equip(model: nn.Module, vllm_config: VllmConfig) -> None:
     exact = exact_shape(plan, kv_bytes, len(found), block, stored * block)
     rope = configured_rope(config, device)
     codecs = _codecs(plan, list(found), replace(rope, module=Remembering(rope.module)))
+    shared = Shared()
     replaced = set()
     for name, part in list(model.named_modules()):
         attention = getattr(part, "attn", None)
@@ -83,7 +86,8 @@ def equip(model: nn.Module, vllm_config: VllmConfig) -> None:
             continue
         layer = extract_layer_index(name)
         if layer in found:
-            part.attn = _replacement(attention, plan, layer, found[layer], codecs[layer], exact, vllm_config)
+            route, codec = found[layer], codecs[layer]
+            part.attn = _replacement(attention, plan, layer, route, codec, exact, shared, vllm_config)
             replaced.add(layer)
     inner: Any = getattr(model, "model", model)
     here = range(inner.start_layer, inner.end_layer)  # other processes of a pipeline hold the others
@@ -97,15 +101,21 @@ def equip(model: nn.Module, vllm_config: VllmConfig) -> None:
 class Remembering:
     """A rotary module that answers at once if it is asked again for the positions of the same batch."""
 
+    KEPT: ClassVar[int] = 4  # answers: a batch asks for its new tokens, and for the tokens that these see
+
     def __init__(self, module: Any) -> None:
-        self.module, self.asked, self.answer = module, (), ()
+        self.module = module
+        self.known: OrderedDict[tuple[int, torch.dtype], tuple[torch.Tensor, Any]] = OrderedDict()
 
     def __call__(self, like: torch.Tensor, positions: torch.Tensor) -> Any:
         """(cos, sin) of positions, in the dtype of `like`."""
         # by identity: all layers of a batch ask with the same tensor, which is kept and cannot be another
-        if not (self.asked and self.asked[0] is positions and self.asked[1] == like.dtype):
-            self.asked, self.answer = (positions, like.dtype), self.module(like, positions)
-        return self.answer
+        key = id(positions), like.dtype
+        if key not in self.known:
+            self.known[key] = positions, self.module(like, positions)
+            if len(self.known) > self.KEPT:
+                self.known.popitem(last=False)
+        return self.known[key][1]
 
 
 def _codecs(plan: Plan, layers: list[int], rope: Any) -> dict[int, Codec]:
@@ -128,6 +138,7 @@ def _replacement(
     route: Route,
     codec: Codec,
     exact: ExactShape | None,
+    shared: Shared,
     vllm_config: VllmConfig,
 ) -> Attention:
     """The attention that takes a stock layer's place, and its name."""
@@ -146,7 +157,7 @@ def _replacement(
         )
     packed = scheme_or_none(plan.bits)
     packings = (packed.keys, packed.values) if packed else (Unpacked(), Unpacked())
-    settings |= {"head_size": stock.head_size, "num_kv_heads": stock.num_kv_heads}
+    settings |= {"head_size": stock.head_size, "num_kv_heads": stock.num_kv_heads, "shared": shared}
     if exact is None:
         return LatentAttention(codec, packings, **settings)
     side = Side(stock.num_kv_heads, stock.head_size, Unpacked(), vllm_config.model_config.dtype)

@@ -20,9 +20,10 @@ from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from .latent import Builder, Metadata
+from .batch import Builder, Metadata
 from .own import OwnBackend, Pages
 from .pages import Layout, SidePages
+from .windowed_reading import WindowedReading, windowed_readings
 
 SIDE_BY_SIDE = (KVCacheLayout.BLHNC,)  # pages of all layers in one block, so that groups may differ in size
 
@@ -148,12 +149,13 @@ class ExactMetadata(Metadata):
     others as latents. So it is the same whether a prompt is read at once, in chunks, or again.
 
     Args:
-        views, completed, steps: what layers have asked for already.
+        views, completed, steps, read: what layers have asked for already.
     """
 
     views: dict[tuple[int, ...], View] = field(default_factory=dict)
     completed: tuple[Tensor, Tensor] | None = None
     steps: dict[int, tuple[Metadata, Metadata]] = field(default_factory=dict)
+    read: list[WindowedReading] | None = None
 
     def far(self, md: Metadata, left: Tensor) -> Metadata:
         """A batch as if the sequences that decode ended where their windows begin.
@@ -168,6 +170,20 @@ class ExactMetadata(Metadata):
                 lengths[i] = count
             self.steps[id(md)] = md, replace(md, lengths=lengths, found={}, chunks={})
         return self.steps[id(md)][1]
+
+    def readings(self, latents: Metadata, sinks: int, recent: int, unit: int) -> list[WindowedReading]:
+        """Sequences with more than one new token, as the engine's kernel reads them.
+
+        Args:
+            latents: the same batch, for pages of latents.
+            sinks, recent, unit: see `view`.
+        """
+        if self.read is None:
+            window = sinks, recent, unit
+            self.read = windowed_readings(
+                self.starts, self.lengths, latents.table, latents.block_size, window
+            )
+        return self.read
 
     def completed_units(self, unit: int) -> tuple[Tensor, Tensor]:
         """The tokens of all units that the new tokens complete: (n) sequences, and (n) places in them."""

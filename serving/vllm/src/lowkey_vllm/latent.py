@@ -1,204 +1,38 @@
 """Our own attention over pages of latents, at any widths and in any packing of single tokens.
 
-A step of decoding reads pages where they lie: every page of a sequence is a row for lowkey's kernels, and the
-parts of a sequence are merged by their log-sum-exp. A chunk of a prompt gathers its sequence's pages and
-attends in matrix products, as lowkey's own cache does.
+A step of decoding reads pages where they lie, all sequences of a layer in one call of lowkey's kernel for
+pages. Where that is not to be had, on a GPU, every page is a row for lowkey's other kernels, and the parts of
+a sequence are merged by their log-sum-exp. Chunks of prompts are read as `reading` says; where the engine's
+kernel cannot, a sequence's pages are gathered for matrix products, as lowkey's own cache takes them.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from lowkey.backends import grouped
+from lowkey.backends import grouped, numba_pages
+from lowkey.backends.numba_pages import PagedRebuilding, Pages, Turns
 from lowkey.backends.ragged import prepared_segments
 from lowkey.backends.segment import Part
 from lowkey.backends.stored import Rebuilding, StepSegment
 from lowkey.storage.codec import Codec
 from lowkey.storage.packing import Packing
-from lowkey.storage.rebuilding import Rotation, rotation_below
+from lowkey.storage.rebuilding import Rotation, rotation_below, turns_below
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
-    AttentionMetadata,
-    AttentionMetadataBuilder,
-    CommonAttentionMetadata,
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
+from . import reading
+from .batch import Builder, Metadata, PageRows, Shared
 from .pages import Layout, Side, SidePages
-
-
-@dataclass(frozen=True)
-class PageRows:
-    """The pages of all sequences that take a step of decoding, in order.
-
-    Args:
-        blocks: (n), the block of each page.
-        sequence: (n), which of the sequences it is of.
-        index: (n), its place in that sequence.
-        lengths: (n), its tokens.
-        longest: pages of the longest sequence.
-    """
-
-    blocks: Tensor
-    sequence: Tensor
-    index: Tensor
-    lengths: Tensor
-    longest: int
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """As many new tokens of each of some sequences.
-
-    Args:
-        blocks: (b, pages), of the sequences.
-        index: (b, t), where in the batch the new tokens are.
-        at: (b, t), their positions.
-        positions: (b, s), of all tokens of the longest sequence.
-        visible: (b, t, s), which of them each new token sees.
-    """
-
-    blocks: Tensor
-    index: Tensor
-    at: Tensor
-    positions: Tensor
-    visible: Tensor
-
-
-@dataclass
-class Metadata(AttentionMetadata):
-    """What all layers of a group need to know of a batch.
-
-    Args:
-        starts: (b + 1), where the new tokens of each sequence begin.
-        lengths: (b), tokens of each sequence, new ones included.
-        positions: (n), of the new tokens.
-        slots: (n), block and place of the new tokens, as one number.
-        table: (b, pages), the blocks of each sequence.
-        block_size: tokens of a page.
-        found, chunks: what layers have asked for already.
-    """
-
-    starts: list[int]
-    lengths: list[int]
-    positions: Tensor
-    slots: Tensor
-    table: Tensor
-    block_size: int
-    found: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
-    chunks: dict[tuple[int, ...], Chunk] = field(default_factory=dict)
-
-    @cached_property
-    def token_positions(self) -> Tensor:
-        """`positions` as one sequence (1, n), the same object for every layer."""
-        return self.positions.unsqueeze(0)
-
-    def lanes(self, side: SidePages, rows: int) -> Tensor:
-        """The lanes of all rows of `pages`, found once for layers that lie alike.
-
-        Args:
-            side: the keys or the values of a layer.
-            rows: of a page; several may read the same lane.
-        """
-        heads = side.side.heads
-        key = side.of_a_page, side.of_a_head, heads, rows
-        if key not in self.found:
-            row = torch.arange(rows, device=self.table.device) * heads // rows
-            self.found[key] = side.lanes(self.pages.blocks)[:, row].flatten()
-        return self.found[key]
-
-    def of_rows(self, x: str, rows: int) -> Tensor:
-        """The `lengths` or the `starts` of all rows of `pages`, found once."""
-        key = rows, int(x == "starts")
-        if key not in self.found:
-            of_pages = self.pages.lengths if x == "lengths" else self.pages.index * self.block_size
-            self.found[key] = of_pages.repeat_interleave(rows)
-        return self.found[key]
-
-    def chunk(self, rows: tuple[int, ...]) -> Chunk:
-        """The new tokens of some sequences, as many of each; found once."""
-        if rows not in self.chunks:
-            device, longest = self.slots.device, max(self.lengths[i] for i in rows)
-            pages = -(-longest // self.block_size)
-            blocks = self.table[torch.tensor(rows, device=self.table.device), :pages].long()
-            spans = [range(self.starts[i], self.starts[i + 1]) for i in rows]
-            index = torch.tensor(spans, device=device)
-            at, positions = self.positions[index], torch.arange(longest, device=device)
-            visible = positions <= at.unsqueeze(2)
-            self.chunks[rows] = Chunk(blocks, index, at, positions.expand(len(rows), -1), visible)
-        return self.chunks[rows]
-
-    @cached_property
-    def decoding(self) -> list[int]:
-        """Sequences with one new token."""
-        return [i for i, length in enumerate(self.starts[1:]) if length - self.starts[i] == 1]
-
-    @cached_property
-    def reading(self) -> list[int]:
-        """Sequences with more."""
-        return [i for i, length in enumerate(self.starts[1:]) if length - self.starts[i] > 1]
-
-    @cached_property
-    def places(self) -> tuple[Tensor, Tensor]:
-        """The blocks (n) of the new tokens, and their places there (n)."""
-        return self.slots // self.block_size, self.slots % self.block_size
-
-    @cached_property
-    def decoding_tokens(self) -> Tensor:
-        """Which new tokens the sequences of `decoding` have."""
-        return torch.tensor([self.starts[i] for i in self.decoding], device=self.slots.device)
-
-    @cached_property
-    def pages(self) -> PageRows:
-        """The pages of the sequences that take a step of decoding."""
-        size, lengths = self.block_size, torch.tensor([self.lengths[i] for i in self.decoding])
-        counts = (lengths + size - 1) // size
-        sequence = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        index = torch.arange(len(sequence)) - (counts.cumsum(0) - counts)[sequence]
-        device = self.table.device
-        blocks = self.table[torch.tensor(self.decoding)[sequence].to(device), index.to(device)].long()
-        left = (lengths[sequence] - index * size).clamp_max(size)
-        parts = (x.to(device) for x in (sequence, index, left))
-        return PageRows(blocks, *parts, int(counts.max()))
-
-
-class Builder(AttentionMetadataBuilder[Metadata]):
-    """Makes a batch's `Metadata` from what the engine knows of it."""
-
-    def __init__(
-        self,
-        kv_cache_spec: KVCacheSpec,
-        layer_names: list[str],
-        vllm_config: VllmConfig,
-        device: torch.device,
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> Metadata:
-        """See vLLM's builder."""
-        m = common_attn_metadata
-        starts, lengths = m.query_start_loc_cpu.tolist(), m.seq_lens.tolist()
-        device = m.slot_mapping.device
-        positions = torch.cat(
-            [
-                torch.arange(length - (stop - start), length, device=device)
-                for length, start, stop in zip(lengths, starts, starts[1:], strict=False)
-            ]
-        )
-        slots = m.slot_mapping[: len(positions)].long()
-        return Metadata(
-            starts, lengths, positions, slots, m.block_table_tensor, self.kv_cache_spec.block_size
-        )
 
 
 class LatentBackend(AttentionBackend):
@@ -231,6 +65,7 @@ class LatentImpl(AttentionImpl):
         codec: the form of keys and values.
         layout: how they lie in pages.
         longest: the longest sequence that the engine takes.
+        shared: with the other layers.
         kv_cache_dtype, logits_soft_cap and others: of vLLM's layers; none of them is used here.
     """
 
@@ -249,6 +84,7 @@ class LatentImpl(AttentionImpl):
         codec: Codec,
         layout: Layout,
         longest: int,
+        shared: Shared,
     ) -> None:
         self.num_heads, self.head_size, self.scale, self.num_kv_heads = (
             num_heads,
@@ -257,17 +93,26 @@ class LatentImpl(AttentionImpl):
             num_kv_heads,
         )
         self.kv_cache_dtype, self.softcap = kv_cache_dtype, logits_soft_cap or None
-        self.codec, self.layout, self.longest = codec, layout, longest
+        self.codec, self.layout, self.longest, self.shared = codec, layout, longest, shared
         self.back = None if codec.order is None else codec.order.argsort()
         self.rotation: Rotation | None = None
+        self.turns: Turns | None = None
         self.held: tuple[int, tuple[SidePages, SidePages]] | None = None
+        self.paged: Pages | None = None  # of what is held
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Bring the maps to the dtype in which the model computes."""
         like = torch.empty(0, dtype=act_dtype, device=torch.get_default_device())
         self.codec, self.layout = self.codec.to_match(like), self.layout.to_dtype(act_dtype)
         rope = self.codec.rotates_when_read
-        if rope is not None:
+        self.by_engine = reading.reads(self.codec, like, self.head_size)
+        if rope is not None and like.device.type == "cpu":
+            # a table of all positions, which layers share
+            def turns() -> Turns:
+                return turns_below(rope, like, self.longest, self.head_size)
+
+            self.turns = self.shared.once((Turns, like.dtype), turns)
+        elif rope is not None:
             self.rotation = rotation_below(rope, like, self.longest)
             self.positions = torch.arange(self.longest, dtype=torch.int32)
         self._warm_up(like)
@@ -277,8 +122,8 @@ class LatentImpl(AttentionImpl):
         zero = torch.zeros(1, dtype=torch.long, device=like.device)
         page = torch.zeros(self.layout.page_shape(1, 32), dtype=self.layout.page_dtype, device=like.device)
         query = like.new_zeros(1, self.num_heads, self.head_size)
-        md = Metadata([0, 1], [1], zero, zero, zero.unsqueeze(0), 32)
-        self._step(query, md, *self.layout.of(page), torch.empty_like(query))
+        md = Metadata([0, 1], [1], zero, zero, zero.unsqueeze(0).int(), 32)
+        self._step(query, md, *self._sides(page), torch.empty_like(query))
 
     def forward(
         self,
@@ -301,26 +146,67 @@ class LatentImpl(AttentionImpl):
         self._write(key[:n], value[:n], md, keys, values)
         if md.decoding:
             self._step(query, md, keys, values, output)
-        for i in md.reading:
-            self._read([i], query, md, keys, values, output)
+        if self.by_engine:
+            for how in md.readings:
+                sides = keys, values
+                reading.attend(how, self.codec, sides, query, output, self.scale, self.softcap)
+        else:
+            for i in md.reading:
+                self._read([i], query, md, keys, values, output)
         return output
 
     def _sides(self, cache: Tensor) -> tuple[SidePages, SidePages]:
         """Keys and values in the engine's cache, which stays where it is."""
         if self.held is None or self.held[0] != cache.data_ptr():
             self.held = cache.data_ptr(), self.layout.of(cache)
+            self.paged = self._paged(*self.held[1])
         return self.held[1]
+
+    def _paged(self, keys: SidePages, values: SidePages) -> Pages | None:
+        """The pages as one kernel reads them in a step; None if it cannot."""
+        if not numba_pages.available() or not (keys.planes and values.planes):
+            return None
+        k, v = keys.paged(), values.paged()
+        if keys.planes[0].device.type != "cpu" or not numba_pages.reads(k, v):
+            return None
+        rebuilding = None
+        if not self.codec.meets_stored_keys(self.softcap):
+            if self.turns is None:
+                return None
+            rebuilding = PagedRebuilding(*self.codec.key_maps(self.num_kv_heads), self.turns)
+        return Pages(self.num_heads // math.lcm(k.heads, v.heads), k, v, keys.tokens, rebuilding)
 
     def _write(self, key: Tensor, value: Tensor, md: Metadata, keys: SidePages, values: SidePages) -> None:
         k, v = (x.transpose(0, 1).unsqueeze(0) for x in (key, value))  # (1, h, n, d)
         if (order := self.codec.order) is not None:
             k, v = k[:, order], v[:, order]
-        stored = self.codec.encode(k, v, md.token_positions)
+        stored = self.codec.encode(k, v, md.token_positions, md.turn(self.codec, k))
         for side, x in zip((keys, values), stored, strict=True):
             side.write(x, *md.places)
 
     def _step(self, query: Tensor, md: Metadata, keys: SidePages, values: SidePages, output: Tensor) -> None:
         """One token of each sequence that decodes, over all of its pages."""
+        if self.paged is None:
+            self._step_by_rows(query, md, keys, values, output)
+            return
+        at, b, h = md.decoding_tokens, len(md.decoding), self.num_kv_heads
+        q = query[at].unflatten(1, (h, -1)).unsqueeze(3)  # (b, h, g, 1, d)
+        if (order := self.codec.order) is not None:
+            q = q[:, order]
+        if self.codec.meets_stored_keys(self.softcap):
+            # what is added to all scores of a query for a mean changes nothing under one softmax
+            q, _ = self.codec.project_query(q, md.positions[at].unsqueeze(1))
+        by_row = q.reshape(b * self.paged.rows, -1, q.shape[-1])
+        out, _ = self.paged.attend(by_row, *md.decoding_pages, self.scale, self.softcap)
+        out = self.codec.expand_output(out.view(b, h, -1, 1, out.shape[-1]))
+        if self.back is not None:
+            out = out[:, self.back]
+        output[at] = out.reshape(b, self.num_heads, -1).to(output.dtype)
+
+    def _step_by_rows(
+        self, query: Tensor, md: Metadata, keys: SidePages, values: SidePages, output: Tensor
+    ) -> None:
+        """As `_step`, by kernels that know no pages."""
         at = md.decoding_tokens
         q = query[at].unflatten(1, (self.num_kv_heads, -1)).unsqueeze(3)  # (b, h, g, 1, d)
         if (order := self.codec.order) is not None:

@@ -22,7 +22,8 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from .latent import Builder, Metadata, page_spec
+from .batch import Builder, Metadata
+from .latent import page_spec
 from .pages import Layout, Side, SidePages
 
 

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+from lowkey.backends.numba_pages import PagedSide
 from lowkey.backends.stored import StoredRows
 from lowkey.storage.packing import Packing
 from torch import Tensor
@@ -133,6 +134,11 @@ class SidePages:
                 *(x.flatten(-3, -2).transpose(-2, -1) for x in scales),
             )
         return self.side.packing.unpack(parts, self.side.width)
+
+    def paged(self) -> PagedSide:
+        """All pages, as the kernel for pages reads them."""
+        none = torch.empty(0, dtype=torch.long)
+        return PagedSide(self.rows(none), self.of_a_page, self.of_a_head, self.side.heads)
 
     def rows(self, lanes: Tensor) -> StoredRows:
         """Lanes (R) as kernels read them."""

@@ -10,10 +10,11 @@ import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from lowkey.backends import grouped
 from lowkey.backends.ragged import prepared_segments
-from lowkey.backends.segment import Part, Segment, merge_parts
+from lowkey.backends.segment import Part, Segment, merge_seen
 from lowkey.backends.stored import StepSegment
 from lowkey.storage.codec import Codec
 from lowkey.storage.packing import Packing
@@ -24,9 +25,12 @@ from vllm.forward_context import get_forward_context
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from . import reading
+from .batch import Metadata
 from .exact import SIDE_BY_SIDE, ExactMetadata, ExactPages, View
-from .latent import LatentAttention, LatentBackend, LatentImpl, Metadata, merged
+from .latent import LatentAttention, LatentBackend, LatentImpl, merged
 from .pages import SidePages
+from .windowed_reading import WindowedReading
 
 HIDDEN = 32  # first tokens of a row that kernels can leave out
 
@@ -86,13 +90,21 @@ class WindowedImpl(LatentImpl):
         """Bring the maps to the dtype in which the model computes."""
         super().process_weights_after_loading(act_dtype)
         rope = self.codec.rotates_when_read
-        if rope is not None:
+        if rope is not None and self.turns is None:
             like = torch.empty(0, dtype=act_dtype, device=torch.get_default_device())
             self.rotation = rotation_below(rope, like, self.longest)
             self.positions = torch.arange(self.longest, dtype=torch.int32)
 
     def _warm_up(self, like: Tensor) -> None:
-        """Nothing is compiled for the first user."""
+        """Take a step over one page of zeros; see `LatentImpl._warm_up`."""
+        page = torch.zeros(self.layout.page_shape(1, 32), dtype=self.layout.page_dtype, device=like.device)
+        paged = self._paged(*self.layout.of(page))
+        if paged is not None:
+            meets = self.codec.meets_stored_keys(self.softcap)
+            width = self.layout.keys.width if meets else self.head_size
+            query = like.new_zeros(paged.rows, self.num_heads // paged.rows, width)
+            table, lengths = torch.zeros(1, 1, dtype=torch.int32), np.array([32])
+            paged.attend(query, table, lengths, self.scale, self.softcap)
 
     def forward(
         self,
@@ -118,9 +130,26 @@ class WindowedImpl(LatentImpl):
             new = x[:n].transpose(0, 1).unsqueeze(0)  # (1, h, n, d)
             side.write(new if order is None else new[:, order], *exact.places)
         self._pack(stored)
-        for rows in ([md.decoding] if md.decoding else []) + [[i] for i in md.reading]:
-            self._answer(rows, query, stored, output)
+        if md.decoding:
+            self._answer(md.decoding, query, stored, output)
+        unit = self.layout.unit
+        if self.by_engine and unit % 32 == 0 and md.block_size % unit == 0:
+            for how in exact.readings(md, pages.sinks, pages.recent, unit):
+                self._answer_chunk(how, query, stored, output)
+        else:
+            for i in md.reading:
+                self._answer([i], query, stored, output)
         return output
+
+    def _answer_chunk(self, how: WindowedReading, query: Tensor, stored: Stored, output: Tensor) -> None:
+        """New tokens of some sequences, by the engine's kernel."""
+        k, v = stored.taken(how.exact[:1], how.exact[1:])
+        if how.blocks.shape[1]:
+            far = reading.rebuilt(how, self.codec, stored.latents, query.dtype)
+            for x, first in zip(far, stored.taken(how.sinks[:1], how.sinks[1:2]), strict=True):
+                x[:, :, how.sinks[2]] = first
+            k, v = (torch.cat(pair, 2) for pair in zip(far, (k, v), strict=True))
+        reading.attend_to(how, self.codec, (k, v), query, output, self.scale, self.softcap)
 
     def _pack(self, stored: Stored) -> None:
         """Pack the units that the new tokens complete, out of the pages of exact tokens."""
@@ -155,7 +184,8 @@ class WindowedImpl(LatentImpl):
         if far is None:
             out = grouped.attend(segments, self.scale, self.softcap)
         else:
-            out, _ = merge_parts([far, grouped.partial(segments, self.scale, self.softcap)])
+            # a token sees itself in one of both
+            out, _ = merge_seen(grouped.partial(segments, self.scale, self.softcap), far)
         if self.back is not None:
             out = out[:, self.back]
         output[view.index] = out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(output.dtype)
@@ -169,8 +199,23 @@ class WindowedImpl(LatentImpl):
             stored: of the layer.
 
         Returns:
-            The output (b, h, g, 1, d) and its log-sum-exp; None if no kernel can read the pages.
+            The output (b, h, g, 1, d) and its log-sum-exp (b, h, g, 1); None if no kernel can read the pages.
         """
+        if self.paged is None:
+            return self._far_by_rows(query, view, stored)
+        b, h, g = query.shape[:3]
+        shift, at = None, query
+        if self.codec.meets_stored_keys(self.softcap):
+            at, shift = self.codec.project_query(query, view.at)
+        by_row = at.reshape(b * self.paged.rows, -1, at.shape[-1])
+        table, _ = stored.md.decoding_pages
+        left, sinks = view.left[:, 0].numpy(), stored.pages.sinks
+        sums, lse = self.paged.attend(by_row, table, left, self.scale, self.softcap, sinks)
+        out, total = self.codec.expand_output(sums.view(b, h, g, 1, -1)), lse.view(b, h, g, 1)
+        return out, total if shift is None else total + shift.view(b, h, g, 1) * self.scale
+
+    def _far_by_rows(self, query: Tensor, view: View, stored: Stored) -> Part | None:
+        """As `_far_step`, by kernels that know no pages."""
         sinks, far = stored.pages.sinks, stored.exact.far(stored.md, view.left)
         meets = self.codec.meets_stored_keys(self.softcap)
         if sinks > HIDDEN or (far.pages.lengths[far.pages.index == 0] <= sinks).any():
