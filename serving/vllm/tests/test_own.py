@@ -78,7 +78,7 @@ def test_our_own_models(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["mla", "lrkv", "mea", "gta", "k_eq_v"])
 def test_our_own_models_are_preempted_and_share_prefixes(tmp_path, kind):
-    """With torch.compile allowed. Of 13 pages, three prompts take 12 at first, and their answers do not fit."""
+    """With torch.compile allowed. Of 13 pages, three prompts take 12, and their answers do not fit."""
     folder, config = saved(tmp_path / "model", kind)
     token_bytes = 4 * sum(cost.stored for cost in layer_costs(config))
     given, shared = prompts(*[120] * 5), prompts(96, seed=1)[0]

@@ -44,6 +44,8 @@ PLANS: dict[str, tuple[str, list, list, dict[str, Any], list[int]]] = {
         {"layout": "pre_rope"},
         [512, 432, 392],
     ),
+    "another family": ("phi3", [(2, 30)], [(1, 12)], {"layout": "pre_rope"}, [432] * 3),
+    "yet another": ("granite", [(4, 64)], [(4, 64)], {}, [512] * 3),
     "before rotation, means and order": (
         "qwen3",
         [(2, 24)],
@@ -61,7 +63,9 @@ def place(tmp_path_factory) -> Path:
 
 def model_of(place: Path, kind: str) -> Path:
     folder = place / kind
-    return folder if folder.exists() else saved_model(folder, kind)
+    # of this family, the engine takes the width of heads from that of the model
+    shape = {"hidden_size": 8 * 32} if kind == "qwen2" else {}
+    return folder if folder.exists() else saved_model(folder, kind, **shape)
 
 
 def plan_of(place: Path, name: str) -> tuple[Path, Path]:

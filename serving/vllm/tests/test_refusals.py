@@ -15,6 +15,7 @@ def place(tmp_path_factory):
     saved_model(folder / "other", "llama", rms_norm_eps=1e-5)
     saved_plan(folder / "latent", model, **LATENT)
     saved_plan(folder / "windowed", model, **LATENT, sinks=4)
+    saved_plan(folder / "of gemma", saved_model(folder / "gemma", "gemma2"), **LATENT)
     return folder
 
 
@@ -33,6 +34,7 @@ CASES = {
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
         "speculative decoding",
     ),
+    "a family": ("gemma", {"plan": "of gemma"}, {}, "'gemma2': has layers with a sliding window"),
     "a slip": ("model", {"plan": "latent", "kernal": "own"}, {}, "did you mean 'kernel'?"),
     "no plan": ("model", {"plan": "nosuch"}, {}, "nosuch"),
 }

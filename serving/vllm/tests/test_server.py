@@ -32,8 +32,7 @@ def command(*words: object) -> str:
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server") / "plan"
-    bare = ("--bits", "none", "--sinks", 0, "--recent", 0)
-    command("compress", "tiny", folder, "--budget", "50%", *bare, "--windows", 4, "--context", 64)
+    command("compress", "tiny", folder, "--budget", "25%", "--windows", 4, "--context", 64)
     return folder
 
 
@@ -103,7 +102,7 @@ def completed(address: str, prompt: str, tokens: int = 30) -> str:
 @pytest.mark.timeout(1500)
 def test_it_told_routes_and_users_at_start(server):
     _, told = server
-    assert "latent, " in told and "users of 1,280 tokens (full: " in told
+    assert "windowed, " in told and "users of 1,280 tokens (full: " in told
 
 
 @pytest.mark.timeout(900)

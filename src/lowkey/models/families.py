@@ -90,7 +90,11 @@ SERVED = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "granite": "GraniteForCausalLM",
 }
+# Those that engines know, too, and that take no plan there yet.
+NOT_SERVED = {"gemma2": "Gemma2ForCausalLM", "gemma3": "Gemma3ForCausalLM"}
 FROM_SCRATCH = "llama"  # what `pretrain` trains if a recipe names no model type
 
 

@@ -116,7 +116,7 @@ def test_plans_that_are_refused(folder, tmp_path, what):
     assert told in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "granite", "olmo2"])
+@pytest.mark.parametrize("name", ["gemma2", "olmo2"])
 def test_families_that_are_refused(tmp_path, name):
     place = pico.save(tmp_path / "model", name)
     pico.plan(pico.attached(name)).save(tmp_path / "plan")

@@ -18,7 +18,7 @@ def register() -> None:
     """
     import lowkey.backends.numba_cpu  # noqa: F401  # before the engine replaces what sets threads in torch
     from lowkey.attention import register as register_own
-    from lowkey.models.families import SERVED
+    from lowkey.models.families import NOT_SERVED, SERVED
     from lowkey.serving.engine import check_version, engine_version
     from vllm import ModelRegistry
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -36,5 +36,5 @@ def register() -> None:
     KVCacheSpecRegistry.register(ExactSpec, ExactManager, SlidingWindowSpec)
     register_own()
     ModelRegistry.register_model("LowkeyForCausalLM", "lowkey_vllm.own:LowkeyForCausalLM")
-    for architecture in SERVED.values():
+    for architecture in (SERVED | NOT_SERVED).values():
         ModelRegistry.register_model(architecture, f"lowkey_vllm.models:{architecture}")

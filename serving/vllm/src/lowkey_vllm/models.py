@@ -5,17 +5,18 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from lowkey.models.families import SERVED
+from lowkey.models.families import NOT_SERVED, SERVED
 
 _made: dict[str, type] = {}
 
 
 def __getattr__(name: str) -> type:
-    """The class that serves an architecture of SERVED."""
-    if name not in SERVED.values():
+    """The class that serves an architecture of SERVED, or refuses a plan for one of NOT_SERVED."""
+    known = {architecture: family for family, architecture in (SERVED | NOT_SERVED).items()}
+    if name not in known:
         raise AttributeError(name)
     if name not in _made:
-        family = next(family for family, architecture in SERVED.items() if architecture == name)
+        family = known[name]
         base = getattr(importlib.import_module(f"vllm.model_executor.models.{family}"), name)
         _made[name] = _served(base)
     return _made[name]
