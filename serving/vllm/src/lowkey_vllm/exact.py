@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from .batch import Builder, Metadata
 from .own import OwnBackend, Pages
-from .pages import Layout, SidePages
+from .pages import Layout
 from .windowed_reading import WindowedReading, windowed_readings
 
 SIDE_BY_SIDE = (KVCacheLayout.BLHNC,)  # pages of all layers in one block, so that groups may differ in size
@@ -271,7 +271,6 @@ class ExactPages(Pages):
     def __init__(self, name: str, layout: Layout, tokens: int, sinks: int, recent: int, window: int) -> None:
         super().__init__(name, layout)
         self.tokens, self.sinks, self.recent, self.window = tokens, sinks, recent, window
-        self.held: tuple[int, tuple[SidePages, SidePages]] | None = None
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         """How batches are described."""
@@ -289,9 +288,3 @@ class ExactPages(Pages):
             sliding_window=self.window,
             first_blocks=cdiv(self.sinks, self.tokens),
         )
-
-    def sides(self) -> tuple[SidePages, SidePages]:
-        """Keys and values in the engine's cache, which stays where it is."""
-        if self.held is None or self.held[0] != self.kv_cache.data_ptr():
-            self.held = self.kv_cache.data_ptr(), self.layout.of(self.kv_cache)
-        return self.held[1]

@@ -61,6 +61,7 @@ class Pages(nn.Module, AttentionLayerBase):
     def __init__(self, name: str, layout: Layout) -> None:
         super().__init__()
         self.layer_name, self.layout, self.kv_cache = name, layout, torch.tensor([])
+        self.held: tuple[int, tuple[SidePages, SidePages]] | None = None
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         """How batches are described."""
@@ -71,8 +72,10 @@ class Pages(nn.Module, AttentionLayerBase):
         return page_spec(self.layout, vllm_config.cache_config.block_size)
 
     def sides(self) -> tuple[SidePages, SidePages]:
-        """The two tensors of all tokens, in the engine's cache."""
-        return self.layout.of(self.kv_cache)
+        """The two tensors of all tokens, in the engine's cache, which stays where it is."""
+        if self.held is None or self.held[0] != self.kv_cache.data_ptr():
+            self.held = self.kv_cache.data_ptr(), self.layout.of(self.kv_cache)
+        return self.held[1]
 
 
 class LowkeyForCausalLM(nn.Module):
