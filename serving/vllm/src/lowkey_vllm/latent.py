@@ -289,7 +289,8 @@ def merged(sums: Tensor, lse: Tensor, pages: PageRows, sequences: int, rows: int
     out = sums.new_zeros(sequences, pages.longest, rows, m, r)
     scores[pages.sequence, pages.index] = lse.view(-1, rows, m)
     out[pages.sequence, pages.index] = sums.view(-1, rows, m, r)
-    return (scores.softmax(1).unsqueeze(-1) * out).sum(1), scores.logsumexp(1)
+    weights = scores.softmax(1).nan_to_num(0.0)  # a sequence may have no page
+    return (weights.unsqueeze(-1) * out).sum(1), scores.logsumexp(1)
 
 
 class LatentAttention(Attention):
