@@ -73,7 +73,7 @@ def serve(setting: dict[str, Any]) -> None:
     ).llm_engine
     run(engine, [list(range(100, 180))] * 2, 4)  # what is made for the first user
     cache = engine.vllm_config.cache_config
-    answer: Any = {"tokens": cache.num_gpu_blocks * cache.block_size}
+    answer: Any = int(cache.kv_cache_max_concurrency or 0)  # users of the longest sequence
     print(f"\n{MARK}{json.dumps(answer)}", flush=True)
     for line in sys.stdin:
         answer = run(engine, *json.loads(line))
@@ -176,10 +176,10 @@ def main() -> None:
         "eager": not given.compiled,
         "most": max(given.counts),
     }
-    engines, tokens = {}, {}
+    engines, users = {}, {}
     for name, plan in plans.items():
         engines[name] = Worker({**setting, "plan": plan})
-        tokens[name] = engines[name].told()["tokens"]
+        users[name] = engines[name].told()
     settings = {
         **vars(given),
         "out": None,
@@ -198,13 +198,11 @@ def main() -> None:
                 rounds[name].append(engines[name].ask([prompts, given.new]))
                 print(count, name, rounds[name][-1], file=sys.stderr, flush=True)
         for name in engines:
-            users = max(0, tokens[name] // size - 1) // pages
             result["rows"].append(
                 {
                     "cache": name,
                     "requests": count,
-                    "tokens_per_gib": round(tokens[name] * GIB / memory),
-                    "users": users,
+                    "users": users[name],
                     **medians(rounds[name], rounds["full"]),
                     "rounds": rounds[name],
                     "quality": known.get(name, {}),
