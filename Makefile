@@ -6,7 +6,7 @@ DEMO := demo
 REAL := demo-real
 SCORED := --context 1024 --windows 8
 
-.PHONY: demo models demo-real test test-slow lint choices docs bench bench-fitting eval-smoke results tables clean
+.PHONY: demo models demo-real test test-slow test-serving lint choices docs bench bench-fitting eval-smoke results tables clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -39,8 +39,8 @@ demo-real: models
 	@echo "open $(REAL)/report.html"
 
 lint: .venv/.ready
-	$(BIN)/ruff check src tests recipes benchmarks docs
-	$(BIN)/ruff format --check src tests recipes benchmarks docs
+	$(BIN)/ruff check src tests recipes benchmarks docs serving
+	$(BIN)/ruff format --check src tests recipes benchmarks docs serving
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -49,6 +49,11 @@ test: lint
 
 test-slow: .venv/.ready
 	$(BIN)/python -m pytest -m slow
+
+# vLLM serves plans and models (serving/vllm). Needs an environment of its own, which is made outside the tree if it is
+# not there: 3.5 GB, once. Says why if it cannot be made.
+test-serving:
+	$(PYTHON) serving/vllm/environment.py --test
 
 # What the command line knows of methods, policies and settings without importing torch; tests compare it with the code.
 choices: .venv/.ready

@@ -503,7 +503,35 @@ def _share(counts: list[list[int]]) -> str:
     return f"{right / of:.2f}" if of else "-"
 
 
+SERVED_CACHES = {"full": "full", "half": "50 %", "eighth": "12.5 %", "default-eighth": "default, 12.5 %"}
+
+
+def serving_table(name: str) -> list[str]:
+    """Rows of serving/vllm/benchmarks/throughput.py; in brackets the share of the full cache's figure."""
+    lines = []
+    for row in rows_of(name):
+        speed = []
+        for key, digits in (("tokens_per_s", 1), ("step_tokens_per_s", 0), ("first_token_s", 2)):
+            share = "" if row["cache"] == "full" else f" ({row['of_full'][key]:.2f})"
+            speed.append(f"{row[key]:,.{digits}f}{share}")
+        quality = [_number(row["quality"].get(key), digits) for key, digits in (("kl", 3), ("recall", 2))]
+        known = [SERVED_CACHES[row["cache"]], row["requests"], f"{row['users']:,}", row["at_once"]]
+        lines.append([*known, *speed, *quality])
+    head = [
+        "cache",
+        "requests",
+        "users that fit",
+        "at once",
+        "tokens/s",
+        "tokens/s of a step",
+        "first token, s",
+    ]
+    return table([*head, "KL, nats", "recall"], lines)
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
+    "serving": partial(serving_table, "serving"),
+    "serving-tight": partial(serving_table, "serving-tight"),
     "headline": headline_table,
     "default-three-models": default_table,
     "splits-three-models": split_table,

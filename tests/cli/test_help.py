@@ -11,6 +11,7 @@ ALL = (
     "eval",
     "cost",
     "generate",
+    "serve",
     "profile",
     "methods",
     "policies",

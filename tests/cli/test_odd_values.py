@@ -173,6 +173,17 @@ VERBS: dict[str, tuple[list[str], dict[str, list[str]]]] = {
         {"--stages": [*WORDS, "ce", "ce=0", "ce=-1", "ce=1e3", "ce=1,"], "--rank": NUMBERS, "--lr": RATES},
     ),
     "export": (["MODEL", "nosuch", "out"], {"--format": WORDS, "--dtype": WORDS}),
+    "serve": (
+        ["MODEL", "--dry-run"],
+        {
+            **dict.fromkeys(("--context", "--port", "--block"), NUMBERS),
+            **dict.fromkeys(("--kernel", "--exact", "--dtype"), WORDS),
+            "--memory": ["", "abc", "-1", "nan", "1e3", ESCAPE],
+            "--host": ["", " ", ESCAPE],
+            "--plan": PATHS,
+            "-E": ["", "x", "=", "=1", f"{ESCAPE}=1", "--x=1", "port=1", "model=x"],
+        },
+    ),
     "inspect": ([], {"": PATHS}),
     "report": ([], {"": PATHS}),
     "pretrain": ([], {"": PATHS}),

@@ -34,6 +34,7 @@ SMALL = {  # given to a verb besides, so that a page runs in seconds; of two equ
     "plan": "--windows 4 --compare-windows 1 --held-out-windows 1 --window-tokens 64 --no-recall",
     "pretrain": "--set training.tokens=4096",
     "recover": "--batch 1 --length 64",
+    "serve": "--dry-run",
 }
 NOVEL = ROOT / "src" / "lowkey" / "data" / "time_machine.txt"
 TEXTS = ("train.txt", "chapter-1.txt", "chapter-2.txt")  # that pages suppose the reader to have

@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+
+# taken now: an engine that serves may replace the name in torch by a function that does nothing
+from torch import Tensor, get_num_threads, set_num_threads
 from torch.nn.functional import pad
 
 from lowkey.backends.stored import Rebuilding, StepSegment, StoredRows
@@ -30,7 +32,7 @@ BLOCK = 32  # tokens of a block whose channels have scales of their own; masks a
 LN2 = math.log(2)
 MANTISSA = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}  # bits that a dtype leaves out
 NO_MASK, NO_BIAS = np.empty((0, 0, 0), np.uint8), np.empty((0, 0), np.float32)
-_lock = Lock()  # one of numba's threading layers must not be entered by two threads at a time
+LOCK = Lock()  # one of numba's threading layers must not be entered by two threads at a time
 
 
 @cache
@@ -117,14 +119,14 @@ class Segments:
             segments: the tokens.
             counts: (n, S, 2, R), see `ragged.prepared_segments`; None if all segments have `lengths`.
         """
-        kernel, pairs = _kernel(), [(s.keys, s.values) for s in segments]
+        kernel, pairs = kernel_module(), [(s.keys, s.values) for s in segments]
         self.group = g = next((n for n in GROUPS if n >= queries), GROUPS[-1])
         self.basis = np.array([not s.as_latents for s in segments], np.int64)
         self.places = np.zeros((len(pairs), 5, len(segments[0].values.lane)), np.int64)
         self.hidden = np.zeros_like(self.places[:, 0])
         self.firsts = np.zeros_like(self.places[:, 0])
         self.shifts = np.zeros_like(self.firsts, np.float32)
-        with _lock:
+        with LOCK:
             plans = [
                 None if s.rebuilding is None else _Rebuilding(k, s.rebuilding)
                 for (k, _), s in zip(pairs, segments, strict=True)
@@ -146,22 +148,22 @@ class Segments:
                     self.steps[:, i, 4] = counts[:, i, 1]
         # the addresses below point into these
         self.held = [plans, [x for pair in pairs for y in pair for x in (y.numbers, y.scale, y.low)]]
-        self.keys, self.values = (np.stack([_place(x) for x in side]) for side in zip(*pairs, strict=True))
+        self.keys, self.values = (np.stack([place_of(x) for x in side]) for side in zip(*pairs, strict=True))
         nothing = np.zeros(kernel.DESCRIBED, np.int64)
         self.rebuilt = np.stack([nothing if p is None else p.described for p in plans])
         columns = [
-            _moved(_query_slots(s.keys, kernel.LANES) if p is None else p.slots, s.column)
+            _moved(query_slots(s.keys, kernel.LANES) if p is None else p.slots, s.column)
             for s, p in zip(segments, plans, strict=True)
         ]
         self.key_slots = _joined(columns)
-        self.value_slots = _joined([_slots(*v.groups, v.width, kernel.LANES, True) for _, v in pairs])
+        self.value_slots = _joined([number_slots(*v.groups, v.width, kernel.LANES, True) for _, v in pairs])
         self.widths = [
             max((s.values.width for s in segments if s.as_latents == latents), default=0)
             for latents in (True, False)
         ]
-        with _lock:
+        with LOCK:
             kinds = [
-                (_kind_read(k), _kind_read(v), None if p is None else p.form)
+                (kind_read(k), kind_read(v), None if p is None else p.form)
                 for (k, v), p in zip(pairs, plans, strict=True)
             ]
             self.functions = np.stack([_functions(g, *kind) for kind in kinds])
@@ -205,7 +207,7 @@ class Segments:
         shape = next(x.shape[:-1] for x in queries if x is not None)
         rows, m = math.prod(shape[:-1]), shape[-1]
         # where there is none, an empty array of the same kind, so that the kernel is compiled once
-        both = [np.empty((rows, m, 0), np.float32) if x is None else _as_numbers(x, 2) for x in queries]
+        both = [np.empty((rows, m, 0), np.float32) if x is None else as_numbers(x, 2) for x in queries]
         outputs = (
             *(np.empty((rows, m, width), np.float32) for width in self.widths),
             np.empty((rows, m), np.float32),
@@ -214,13 +216,13 @@ class Segments:
         seen = NO_MASK
         if mask is not None:
             seen = pad(mask, (0, -mask.shape[2] % BLOCK)).contiguous().view(torch.uint8).numpy()
-        shift = NO_BIAS if bias is None else _as_numbers(bias, 1) * np.float32(scaling / LN2)
-        attend = _kernel().attend_segments
-        with _lock, _compiling(attend):
+        shift = NO_BIAS if bias is None else as_numbers(bias, 1) * np.float32(scaling / LN2)
+        attend = kernel_module().attend_segments
+        with LOCK, compiling(attend):
             attend(
                 self.functions,
                 self.group,
-                *_scales(scaling, softcap),
+                *score_scales(scaling, softcap),
                 *both,
                 self.basis,
                 self.keys,
@@ -235,7 +237,7 @@ class Segments:
                 self.rebuilt,
                 self.firsts,
                 *outputs,
-                _threads(),
+                usable_threads(),
             )
         sums, out, share, lse = outputs
         if share_beside:
@@ -251,7 +253,7 @@ class Segments:
         )
 
 
-def _as_numbers(x: Tensor, dims: int) -> np.ndarray:
+def as_numbers(x: Tensor, dims: int) -> np.ndarray:
     """The numbers of a tensor in fp32, adjacent, all but the last dimensions as one; mostly a view."""
     numbers = x.float().numpy(force=x.requires_grad)
     # numpy does without the tensor operations that this takes
@@ -268,26 +270,14 @@ class _Rebuilding:
     """
 
     def __init__(self, keys: StoredRows, how: Rebuilding) -> None:
-        kernel, rebuilding = _kernel(), _rebuilding()
+        kernel, rebuilding = kernel_module(), rebuilding_module()
         lanes, (h, rank, d) = kernel.LANES, how.maps.shape
         coarse, fine, bits = how.rotation
         by_pairs = int(rebuilding.MULTIPLIES_PAIRS and how.maps.dtype == torch.bfloat16)
         self.form = by_pairs, bits
-        half = coarse.shape[2]
-        # pairs of vectors: what the embedding turns together, then what it leaves alone
-        starts = [(i, half + i, min(lanes, half - i)) for i in range(0, half, lanes)]
-        ends = [min(i + lanes, d) for i in range(2 * half, d, 2 * lanes)]
-        rest = [
-            (i, e, e - i, min(lanes, d - e)) for i, e in zip(range(2 * half, d, 2 * lanes), ends, strict=True)
-        ]
-        first = [x for a, b, _ in starts for x in (a, b)] + [x for a, b, _, _ in rest for x in (a, b)]
-        count = [n for _, _, n in starts for _ in (0, 1)] + [x for _, _, n, m in rest for x in (n, m)]
-        self.columns, pairs = np.array([first, count], np.int64), len(first) // 2
-        self.slots = np.array(
-            [a + i if i < n else -1 for a, n in zip(first, count, strict=True) for i in range(lanes)],
-            np.int64,
-        )
-        tables = (_table(x, pairs * lanes) for x in (coarse, fine))
+        self.columns, self.slots = key_vectors(coarse.shape[2], d, lanes)
+        pairs = self.columns.shape[1] // 2
+        tables = (turns_of_vectors(x, pairs * lanes) for x in (coarse, fine))
         self.coarse, self.fine = tables
         self.positions = how.positions.numpy()
         groups, size = keys.groups
@@ -305,7 +295,7 @@ class _Rebuilding:
             self.columns.ctypes.data,
         )
         described[kernel.DECODER_AT : kernel.MAPS_AT] = (
-            rebuilding.decoder(_kind(keys), by_pairs).address,
+            rebuilding.decoder(kind_stored(keys), by_pairs).address,
             rebuilding.packer(number, by_pairs).address,
             rebuilding.packer(number, 0).address,
         )
@@ -316,16 +306,39 @@ class _Rebuilding:
         self.described = described
 
 
-def _table(x: np.ndarray, width: int) -> np.ndarray:
+def key_vectors(half: int, d: int, lanes: int) -> tuple[np.ndarray, np.ndarray]:
+    """The vectors of a key that is rebuilt: in pairs, first those that the embedding turns together.
+
+    Args:
+        half: pairs of channels that it turns.
+        d: channels.
+        lanes: numbers of a vector.
+
+    Returns:
+        (the first column and the number of columns of each vector (2, vectors), the column of each number of
+        a packed query, -1 for none).
+    """
+    starts = [(i, half + i, min(lanes, half - i)) for i in range(0, half, lanes)]
+    ends = [min(i + lanes, d) for i in range(2 * half, d, 2 * lanes)]
+    rest = [
+        (i, e, e - i, min(lanes, d - e)) for i, e in zip(range(2 * half, d, 2 * lanes), ends, strict=True)
+    ]
+    first = [x for a, b, _ in starts for x in (a, b)] + [x for a, b, _, _ in rest for x in (a, b)]
+    count = [n for _, _, n in starts for _ in (0, 1)] + [x for _, _, n, m in rest for x in (n, m)]
+    slots = [a + i if i < n else -1 for a, n in zip(first, count, strict=True) for i in range(lanes)]
+    return np.array([first, count], np.int64), np.array(slots, np.int64)
+
+
+def turns_of_vectors(x: np.ndarray, width: int) -> np.ndarray:
     """Cosines and sines (n, 2, p / 2), and up to this width those of an angle of 0."""
     rest = np.broadcast_to(np.array([[1.0], [0.0]], np.float32), (len(x), 2, width - x.shape[2]))
     return np.ascontiguousarray(np.concatenate([x, rest], 2) if rest.size else x)
 
 
 @cache
-def _rebuilding() -> ModuleType:
+def rebuilding_module() -> ModuleType:
     """The compiled module, loaded on first use."""
-    _kernel()
+    kernel_module()
     from lowkey.backends import numba_rebuilding_kernel
 
     return numba_rebuilding_kernel
@@ -341,7 +354,7 @@ def _joined(slots: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @cache
-def _kernel() -> ModuleType:
+def kernel_module() -> ModuleType:
     """The compiled module, loaded on first use.
 
     Starting numba's threads resets the thread count of an OpenMP that torch may share; it is put back.
@@ -350,9 +363,9 @@ def _kernel() -> ModuleType:
 
     from lowkey.backends import numba_kernel
 
-    threads = torch.get_num_threads()
+    threads = get_num_threads()
     numba.set_num_threads(1)
-    torch.set_num_threads(threads)
+    set_num_threads(threads)
     return numba_kernel
 
 
@@ -364,13 +377,13 @@ def _functions(g: int, keys: str, values: str, form: tuple[int, int] | None) -> 
     """
     from lowkey.backends.numba_cache import telling
 
-    kernel = _kernel()
+    kernel = kernel_module()
     with telling():
-        scorer = kernel.scorer(g, keys) if form is None else _rebuilding().rebuilder(g, *form)
+        scorer = kernel.scorer(g, keys) if form is None else rebuilding_module().rebuilder(g, *form)
         return np.array([x.address for x in (scorer, kernel.softener(g), kernel.mixer(g, values))])
 
 
-def _compiling(function: Any) -> AbstractContextManager[None]:
+def compiling(function: Any) -> AbstractContextManager[None]:
     """For the call of a compiled function: says so if its first call takes long, because it is compiled."""
     if function.signatures:
         return nullcontext()
@@ -379,7 +392,7 @@ def _compiling(function: Any) -> AbstractContextManager[None]:
     return telling(lambda: not function.signatures)
 
 
-def _threads() -> int:
+def usable_threads() -> int:
     """Give numba as many threads as torch has, and return their number."""
     import numba
 
@@ -391,10 +404,10 @@ def _threads() -> int:
 
 def score_scale(scaling: float, softcap: float | None = None) -> np.float32:
     """What a dot product is multiplied with, in the units of the kernel."""
-    return _scales(scaling, softcap)[0]
+    return score_scales(scaling, softcap)[0]
 
 
-def _scales(scaling: float, softcap: float | None) -> tuple[np.float32, np.float32]:
+def score_scales(scaling: float, softcap: float | None) -> tuple[np.float32, np.float32]:
     """(what a dot product is multiplied with, the soft cap or 0).
 
     Scores are in units of ln 2, since the kernel raises 2 to them. Under a soft cap, the product becomes the
@@ -405,7 +418,7 @@ def _scales(scaling: float, softcap: float | None) -> tuple[np.float32, np.float
     return np.float32(2 * scaling / softcap / LN2), np.float32(softcap / LN2)
 
 
-def _kind(x: StoredRows) -> str:
+def kind_stored(x: StoredRows) -> str:
     """How numbers are stored, as `numba_vectors` and `numba_channels` name it."""
     number = KERNEL_KINDS[x.dtype]
     if not x.bits:
@@ -413,7 +426,7 @@ def _kind(x: StoredRows) -> str:
     return f"{'channel' if x.numbers.ndim == 4 else 'int'}{x.bits} {number}"
 
 
-def _place(x: StoredRows) -> np.ndarray:
+def place_of(x: StoredRows) -> np.ndarray:
     """Where keys or values are, as `numba_kernel` describes a place."""
     scale, low = (x.numbers if t is None else t for t in (x.scale, x.low))
     size, scale_size = x.numbers.element_size(), scale.element_size()
@@ -432,18 +445,18 @@ def _place(x: StoredRows) -> np.ndarray:
     return np.array(place, np.int64)
 
 
-def _kind_read(x: StoredRows) -> str:
+def kind_read(x: StoredRows) -> str:
     """The kind of numbers that are read vector by vector."""
-    is_narrow = x.numbers.ndim == 3 and x.groups[1] < _kernel().LANES
-    return f"narrow {_kind(x)}" if is_narrow else _kind(x)
+    is_narrow = x.numbers.ndim == 3 and x.groups[1] < kernel_module().LANES
+    return f"narrow {kind_stored(x)}" if is_narrow else kind_stored(x)
 
 
-def _query_slots(keys: StoredRows, lanes: int) -> np.ndarray:
+def query_slots(keys: StoredRows, lanes: int) -> np.ndarray:
     """Which column of a query each number of a packed query is, -1 for none."""
     groups, size = keys.groups
     if keys.unit > 1:  # channel after channel, in whole vectors
         size += -size % lanes
-    return _slots(groups, size, keys.width, lanes, once=True)
+    return number_slots(groups, size, keys.width, lanes, once=True)
 
 
 def _moved(slots: np.ndarray, columns: int) -> np.ndarray:
@@ -452,7 +465,7 @@ def _moved(slots: np.ndarray, columns: int) -> np.ndarray:
 
 
 @cache
-def _slots(groups: int, size: int, width: int, lanes: int, once: bool = False) -> np.ndarray:
+def number_slots(groups: int, size: int, width: int, lanes: int, once: bool = False) -> np.ndarray:
     """Which column each number of a packed query or output is, -1 for none; see `numba_vectors.Columns`.
 
     Args:

@@ -208,6 +208,64 @@ def store_zero(_: Any, pairs: Any, out: Any, place: Any) -> Any:
     return types.void(pairs, out, place), emit
 
 
+def _sums(
+    b: Builder, pairs: bool, tokens: Value, token: Value, words: Value, maps: Value, mean: Value
+) -> list[list[Value]]:
+    """A pair of vectors of TILE keys before their rotation, each in a register; see `rebuild`."""
+    start = [load_vector(b, mean, int64(side * VECTOR)) for side in (0, 1)]
+    sums = [[cgutils.alloca_once(b, FLOAT_VECTOR) for _ in start] for _ in range(TILE)]
+    for both in sums:
+        for total, x in zip(both, start, strict=True):
+            b.store(x, total)
+    rows = [b.add(tokens, b.mul(token, int64(i))) for i in range(TILE)]
+    with cgutils.for_range(b, words) as loop:
+        at = b.mul(loop.index, int64(2 * VECTOR))
+        own = [load_vector(b, maps, b.add(at, int64(side * VECTOR))) for side in (0, 1)]
+        for row, both in zip(rows, sums, strict=True):
+            x = spread(b, load_scalar(b, b.add(row, b.mul(loop.index, int64(4)))))
+            for total, y in zip(both, own, strict=True):
+                b.store(_plus_product(b, b.load(total), x, y, pairs), total)
+    return sums
+
+
+def _store_turned(b: Builder, both: Sequence[Value], cos: Value, sin: Value, out: Value) -> None:
+    """Rotate a pair of vectors of a key, and write it."""
+    x, y = (b.load(total) for total in both)
+    store_vector(b, vector_call(b, "fmuladd", x, cos, b.fneg(b.fmul(y, sin))), out)
+    store_vector(b, vector_call(b, "fmuladd", y, cos, b.fmul(x, sin)), out, int64(VECTOR))
+
+
+@literal
+def rebuild_in_order(
+    _: Any,
+    pairs: Any,
+    tokens: Any,
+    token: Any,
+    words: Any,
+    maps: Any,
+    mean: Any,
+    turns: Any,
+    keys: Any,
+    key: Any,
+) -> Any:
+    """As `rebuild`, of tokens at positions in order.
+
+    `turns` is the address of the pair's cosines and sines at the first position; those of the next lie as far
+    behind as the next key.
+    """
+
+    def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
+        tokens, token, words, maps, mean, turns, keys, key = args[1:]
+        for i, both in enumerate(_sums(b, pairs.literal_value, tokens, token, words, maps, mean)):
+            at = b.mul(key, int64(i))
+            turn = b.add(turns, at)
+            cos, sin = load_vector(b, turn), load_vector(b, turn, int64(VECTOR))
+            _store_turned(b, both, cos, sin, b.add(keys, at))
+        return context.get_dummy_value()
+
+    return types.void(pairs, tokens, token, words, maps, mean, turns, keys, key), emit
+
+
 @literal
 def rebuild(
     _: Any,
@@ -246,19 +304,7 @@ def rebuild(
 
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
         tokens, token, words, maps, mean, positions, left, coarse, fine, table, keys, key = args[2:]
-        start = [load_vector(b, mean, int64(side * VECTOR)) for side in (0, 1)]
-        sums = [[cgutils.alloca_once(b, FLOAT_VECTOR) for _ in start] for _ in range(TILE)]
-        for both in sums:
-            for total, x in zip(both, start, strict=True):
-                b.store(x, total)
-        rows = [b.add(tokens, b.mul(token, int64(i))) for i in range(TILE)]
-        with cgutils.for_range(b, words) as loop:
-            at = b.mul(loop.index, int64(2 * VECTOR))
-            own = [load_vector(b, maps, b.add(at, int64(side * VECTOR))) for side in (0, 1)]
-            for row, both in zip(rows, sums, strict=True):
-                x = spread(b, load_scalar(b, b.add(row, b.mul(loop.index, int64(4)))))
-                for total, y in zip(both, own, strict=True):
-                    b.store(_plus_product(b, b.load(total), x, y, pairs.literal_value), total)
+        sums = _sums(b, pairs.literal_value, tokens, token, words, maps, mean)
         for i, both in enumerate(sums):
             at = smaller(b, int64(i), b.sub(left, int64(1)))
             at = b.load(pointer(b, positions, b.mul(at, int64(4)), I32), align=4)
@@ -271,11 +317,7 @@ def rebuild(
                 b, *(load_vector(b, x, at) for x in rows_of_tables for at in (int64(0), table))
             )
             cos, sin = (_rounded(b, angle, bits.literal_value) for angle in angles)
-            x, y = (b.load(total) for total in both)
-            out = b.add(keys, b.mul(key, int64(i)))
-            store_vector(b, vector_call(b, "fmuladd", x, cos, b.fneg(b.fmul(y, sin))), out)
-            turned = vector_call(b, "fmuladd", y, cos, b.fmul(x, sin))
-            store_vector(b, turned, out, int64(VECTOR))
+            _store_turned(b, both, cos, sin, b.add(keys, b.mul(key, int64(i))))
         return context.get_dummy_value()
 
     given = tokens, token, words, maps, mean, positions, left, coarse, fine, table, keys, key

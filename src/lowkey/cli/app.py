@@ -36,6 +36,7 @@ from lowkey.cli import (
     profile,
     recover,
     report,
+    serve,
     sinks,
 )
 from lowkey.cli.help import PanelCommand, PanelGroup, UsageError, with_help
@@ -60,6 +61,7 @@ COMMANDS: dict[str, list[tuple[str, Callable[..., None]]]] = {
     ],
     "Use and measure": [
         ("generate", generate.generate),
+        ("serve", serve.serve),
         ("eval", eval.eval_),
         ("cost", cost.cost),
         ("report", report.report),

@@ -24,6 +24,7 @@ MEASURING = "Measuring"
 LM_EVAL = "Tasks of lm-eval"
 SHAPE = "Shape"  # of what `bench decode` times and `cost` counts
 HARDWARE = "Hardware"
+SERVER = "Server"
 OUTPUT = "Output"
 PANELS = (
     MODEL,
@@ -38,6 +39,7 @@ PANELS = (
     LM_EVAL,
     SHAPE,
     HARDWARE,
+    SERVER,
     OUTPUT,
 )
 

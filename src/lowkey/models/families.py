@@ -84,6 +84,17 @@ REFUSED = {
 LATENT = ("deepseek_v2", "deepseek_v3")
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # rope types whose frequencies change with the length
 OWN_TYPE = LowkeyConfig.model_type
+# Families whose layers an engine can be told to store by a plan, and the classes that engines know them by.
+SERVED = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+}
+# Those that engines know, too, and that take no plan there yet.
+NOT_SERVED = {"gemma2": "Gemma2ForCausalLM", "gemma3": "Gemma3ForCausalLM"}
 FROM_SCRATCH = "llama"  # what `pretrain` trains if a recipe names no model type
 
 
@@ -170,6 +181,21 @@ def stores_own_form(config: PreTrainedConfig) -> bool:
         or config.attention_layers is not None
         or config.q_lora_rank is not None
     )
+
+
+def plain_architecture(config: PreTrainedConfig) -> str | None:
+    """The class of SERVED that computes the same as one of our own models, from the same weights.
+
+    Returns:
+        Its name; None if there is none, or the model is not one of ours.
+    """
+    config = config.get_text_config()
+    if not is_own(config) or stores_own_form(config) or not linear_output(config):
+        return None
+    if not config.qk_norm:
+        return SERVED["llama"]
+    # with norms of queries and keys, this family has no biases behind them
+    return None if config.attention_bias or config.mlp_bias else SERVED["qwen3"]
 
 
 def linear_output(config: PreTrainedConfig) -> bool:

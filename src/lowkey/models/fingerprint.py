@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lowkey.core.errors import first_line
 from lowkey.core.types import LowkeyError
@@ -99,26 +101,76 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         plain = adapters.plain_name(name)
         if plain is not None:
             parts[f"weight {plain}"] = _digest(value, name, taken)
+    return _joined(parts)
+
+
+def _joined(parts: dict[str, bytes]) -> str:
+    """The fingerprint of checksums by name."""
     digest = hashlib.sha256()
     for name in sorted(parts):
         digest.update(name.encode() + b"\0" + hashlib.sha256(parts[name]).digest())
     return RULE_VERSION + digest.hexdigest()
 
 
+def checkpoint_fingerprint(folder: Path, config: PreTrainedConfig) -> str:
+    """The fingerprint of the model that a folder holds, from its files, without loading it.
+
+    One weight at a time is in memory. It equals `model_fingerprint` of the loaded model.
+
+    Args:
+        folder: of a checkpoint in safetensors files.
+        config: the model's, as transformers reads it from the folder.
+
+    Raises:
+        LowkeyError: for a folder without such files, and for a model whose files name other weights than it
+            has (one that is quantised).
+    """
+    with torch.device("meta"):
+        skeleton: Any = AutoModelForCausalLM.from_config(config)
+    skeleton.tie_weights()
+    alike: dict[int, list[str]] = {}  # names of the same weight
+    for name, value in skeleton.state_dict(keep_vars=True).items():
+        alike.setdefault(id(value), []).append(name)
+    names = {name: group for group in alike.values() for name in group}
+    parts = {"config": config_text(config).encode(), "adapters": repr([]).encode()}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118 - it is no mapping
+                    for known in names.get(name, ()):
+                        if known == name or f"weight {known}" not in parts:
+                            parts[f"weight {known}"] = _digest(file.get_tensor(name), name, {})
+        except SafetensorError as error:
+            raise LowkeyError(
+                f"model {str(folder)!r}: {path.name} is damaged ({first_line(error)}); save or download it "
+                "again"
+            ) from None
+    if missing := [name for name in names if f"weight {name}" not in parts]:
+        raise LowkeyError(
+            f"model {str(folder)!r}: its safetensors files hold no {min(missing)}; give a folder that "
+            "save_pretrained wrote, without quantisation"
+        )
+    return _joined(parts)
+
+
 def check_model(what: str, name: object, wanted: object, model: PreTrainedModel, remedy: str) -> None:
+    """Refuse a model that something was not made for; see `check_fingerprint`. Raises: LowkeyError."""
+    check_fingerprint(what, name, wanted, model_fingerprint(model), remedy)
+
+
+def check_fingerprint(what: str, name: object, wanted: object, fingerprint: str, remedy: str) -> None:
     """Refuse a model that something was not made for.
 
     Args:
         what: what was made, for messages.
         name: of the model that it was made for, for messages.
         wanted: the fingerprint of that model.
-        model: the model at hand.
+        fingerprint: of the model at hand.
         remedy: what the user should do, for messages.
 
     Raises:
         LowkeyError: if the fingerprints differ.
     """
-    fingerprint = model_fingerprint(model)
     if wanted == fingerprint:
         return
     if not str(wanted).startswith(RULE_VERSION):

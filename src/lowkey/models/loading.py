@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -172,6 +173,23 @@ def _location(name: str) -> AbstractContextManager[Path | str]:
         return nullcontext(packaged.packaged_folder(name))
     check_spelling(name)
     return nullcontext(name)
+
+
+def local_folder(name: str) -> Path:
+    """The folder on this machine that holds a model; one of the Hub is downloaded first.
+
+    Raises:
+        LowkeyError: for a model that is not there.
+    """
+    with _location(name) as place:
+        folder = Path(place)
+        if folder.is_dir():
+            return folder
+    try:
+        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the Hub's client raises many kinds; each is bad input here
+        raise _no_model(name, error) from error
 
 
 def _dtype(name: str) -> torch.dtype | str:
