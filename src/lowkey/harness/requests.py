@@ -159,7 +159,8 @@ def batches(requests: Sequence[Request], size: int, setting: Setting, padded: bo
         chooses = setting.evicts and request.protocol == ASK_WITH and request.context
         seen = request.tail[:1] if chooses else ()
         length = len(request.context) if not padded or not request.context else -1
-        kind = (request.protocol, request.options, bool(request.scored), length)
+        # contexts of other tasks would be padded to each other, and the bytes of one counted for another
+        kind = (request.task, request.protocol, request.options, bool(request.scored), length)
         kinds.setdefault(kind, {}).setdefault((request.context, seen), []).append(request)
     for contexts in kinds.values():
         # the longest come first, so that rows of a batch are of similar length
