@@ -71,9 +71,11 @@ def serve(setting: dict[str, Any]) -> None:
         additional_config=config,
         max_num_seqs=setting["most"],
     ).llm_engine
-    run(engine, [list(range(100, 180))] * 2, 4)  # what is made for the first user
+    short = min(80, setting["longest"] - 8)
+    run(engine, [list(range(100, 100 + short))] * 2, 4)  # what is made for the first user
     cache = engine.vllm_config.cache_config
-    answer: Any = int(cache.kv_cache_max_concurrency or 0)  # users of the longest sequence
+    # the engine's own count, at worst; `lowkey serve --dry-run` says how many fit once prompts are read
+    answer: Any = int(cache.kv_cache_max_concurrency or 0)
     print(f"\n{MARK}{json.dumps(answer)}", flush=True)
     for line in sys.stdin:
         answer = run(engine, *json.loads(line))
