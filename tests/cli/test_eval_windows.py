@@ -62,7 +62,7 @@ def test_after_ctrl_c_the_same_command_goes_on_to_the_same_rows(model, here, out
 
 def test_another_command_starts_a_result_of_its_own(model, here, monkeypatch):
     """Even in the same second."""
-    monkeypatch.setattr("lowkey.cli.eval.time.strftime", lambda _: "20260101-000000")
+    monkeypatch.setattr("lowkey.cli.result_paths.time.strftime", lambda _: "20260101-000000")
     with stopped_after(3):
         lowkey("eval", model, *SCORE)
     (work,) = here.rglob("*.partial")

@@ -34,7 +34,7 @@ def dry(place, *words):
 def started(monkeypatch):
     """An engine that is installed, and notes how it is started."""
     calls = []
-    monkeypatch.setattr(engine, "check_installed", lambda: None)
+    monkeypatch.setattr(engine, "check_engine_installed", lambda: None)
     monkeypatch.setattr(engine, "replace_process", calls.append)
     return calls
 
@@ -88,7 +88,7 @@ def test_nothing_is_started_without_vllm(place, monkeypatch):
 def test_nothing_is_started_without_the_plugin(place, monkeypatch):
     monkeypatch.setattr(engine, "engine_version", lambda: "0.32.0")
     monkeypatch.setattr(engine, "find_spec", lambda name: None)
-    assert "pip install lowkey-vllm" in refused("serve", place / "model")
+    assert "pip install ./serving/vllm" in refused("serve", place / "model")
 
 
 def test_nothing_is_started_with_another_version(place, monkeypatch):

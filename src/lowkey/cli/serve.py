@@ -126,7 +126,7 @@ def serve(
     if plan is not None:
         check_plan(plan)
     if not dry_run:
-        engine.check_installed()
+        engine.check_engine_installed()
 
     import torch
 
@@ -151,7 +151,7 @@ def _prepared(
     Args:
         model: as it was given.
         dtype: as it was given.
-        request: of `lowkey.serving.requests.Request`.
+        request: of `lowkey.serving.requests.PlanRequest`.
         options: of the engine.
         place: host, port, tokens of a page, longest sequence or None, bytes for pages or None.
     """
@@ -171,7 +171,7 @@ def _prepared(
         raise LowkeyError(f"context {length}: the model has {longest} positions; give at most that")
     cache_dtype = options.get("kv-cache-dtype", "auto")
     folder = local_folder(model)
-    asked = requests.Request.read(request)
+    asked = requests.PlanRequest.read(request)
     if asked.plan is not None:
         drafts = any(name.startswith("speculative") for name in options)
         requests.check_engine(cache_dtype, _count(options, "tensor-parallel-size"), drafts)

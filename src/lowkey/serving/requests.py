@@ -18,7 +18,7 @@ from lowkey.serving.engine import EXACT_CHOICES, KERNEL_CHOICES
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """What `additional_config["lowkey"]` of an engine says.
 
     Args:
@@ -33,7 +33,7 @@ class Request:
     exact: str = "plan"
 
     @classmethod
-    def read(cls, given: object) -> Request:
+    def read(cls, given: object) -> PlanRequest:
         """Read it from what a user wrote as JSON. Raises: LowkeyError for anything else than these fields."""
         if given is None:
             return cls()
@@ -117,11 +117,11 @@ def check_cache_dtype(cache_dtype: str, names: set[str]) -> None:
     if cache_dtype.startswith("fp8") and (ours := names & {"latent", "windowed"}):
         raise LowkeyError(
             f"KV cache dtype {shown(cache_dtype)}: layers on the {min(ours)} route cannot be read from it; "
-            "give auto, and pack the latents in integers instead (lowkey compress --bits 8)"
+            "give auto, and pack the latents in integers instead (lowkey compress --bits int8)"
         )
 
 
-def served_plan(request: Request, folder: Path, config: PreTrainedConfig) -> Plan | None:
+def served_plan(request: PlanRequest, folder: Path, config: PreTrainedConfig) -> Plan | None:
     """Load the plan of a request and check that it can be served with this model.
 
     Args:

@@ -115,9 +115,9 @@ def test_filler_may_be_running_text():
 def test_what_does_not_fit_is_refused(tokenizer):
     with pytest.raises(LowkeyError, match="give a longer context or fewer pairs"):
         draw_chains(tokenizer, 1, length=20)
-    with pytest.raises(LowkeyError, match="order"):
+    with pytest.raises(LowkeyError, match="shorter chains"):
         ChainTask(pairs=3)
-    with pytest.raises(LowkeyError, match="order"):
+    with pytest.raises(LowkeyError, match="shorter chains"):
         ChainTask(shortest=5, longest=4)
 
 

@@ -13,7 +13,7 @@ from lowkey.core.types import LowkeyError, identity_factors
 from lowkey.models.families import configured_geometry
 from lowkey.models.loading import local_folder
 from lowkey.plan.plan import Plan
-from lowkey.serving.requests import Request, check_cache_dtype, check_engine, served_plan
+from lowkey.serving.requests import PlanRequest, check_cache_dtype, check_engine, served_plan
 from lowkey.serving.rotation import configured_rope
 from lowkey.serving.routes import CPU_HEAD_SIZES, GPU_HEAD_SIZES, ExactShape, Route, exact_shape, routes
 from lowkey.storage.codec import Codec, LowRank, Plain
@@ -40,13 +40,13 @@ def equip(model: nn.Module, vllm_config: VllmConfig) -> None:
 
     Args:
         model: one of vLLM's, before its weights are loaded.
-        vllm_config: of the engine; `additional_config["lowkey"]` is what `Request` reads.
+        vllm_config: of the engine; `additional_config["lowkey"]` is what `PlanRequest` reads.
 
     Raises:
         LowkeyError: for what cannot be served.
     """
     given: Any = vllm_config.additional_config
-    request = Request.read(given.get("lowkey") if isinstance(given, dict) else None)
+    request = PlanRequest.read(given.get("lowkey") if isinstance(given, dict) else None)
     if request.plan is None:
         return
     cache_dtype = str(vllm_config.cache_config.cache_dtype)
@@ -168,7 +168,7 @@ def _replacement(
     return WindowedAttention(codec, packings, pages, route.token_bytes, **settings)
 
 
-def _tell(request: Request, plan: Plan, found: dict[int, Route]) -> None:
+def _tell(request: PlanRequest, plan: Plan, found: dict[int, Route]) -> None:
     """Log how layers are stored, those that are alike together."""
     logger.info("lowkey: plan %s (%s, %s)", request.plan, plan.method["name"], plan.layout)
     for route, rows in groupby(found.items(), key=lambda item: item[1]):

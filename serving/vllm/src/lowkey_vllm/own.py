@@ -13,7 +13,7 @@ from lowkey.attention import LowkeyForCausalLM as OwnModel
 from lowkey.attention.base import Attention, LayerCall, split_into_heads
 from lowkey.attention.rotary import RotaryCall
 from lowkey.core.types import LowkeyError
-from lowkey.serving.requests import Request, check_own_engine
+from lowkey.serving.requests import PlanRequest, check_own_engine
 from lowkey.storage.packing import Unpacked
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -145,7 +145,7 @@ class LowkeyForCausalLM(nn.Module):
 def _check(config: Any, vllm_config: VllmConfig) -> None:
     """Refuse what is not served of our own models. Raises: LowkeyError."""
     given: Any = vllm_config.additional_config
-    if Request.read(given.get("lowkey") if isinstance(given, dict) else None).plan is not None:
+    if PlanRequest.read(given.get("lowkey") if isinstance(given, dict) else None).plan is not None:
         raise LowkeyError(
             f"model with attention {config.attention!r} stores a small form of its own, which plans do not "
             "read; serve it without one"

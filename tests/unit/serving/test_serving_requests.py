@@ -20,7 +20,7 @@ from lowkey.policies import policy_to_dict
 from lowkey.policies.snapkv import SnapKV
 from lowkey.serving import engine
 from lowkey.serving.requests import (
-    Request,
+    PlanRequest,
     check_cache_dtype,
     check_engine,
     check_own_engine,
@@ -45,19 +45,21 @@ def folder(tmp_path_factory):
 def served(folder, tmp_path, exact="plan", **fields):
     model = pico.attached("llama")
     pico.plan(model, **fields).save(tmp_path / "plan")
-    return served_plan(Request(tmp_path / "plan", exact=exact), folder, AutoConfig.from_pretrained(folder))
+    return served_plan(
+        PlanRequest(tmp_path / "plan", exact=exact), folder, AutoConfig.from_pretrained(folder)
+    )
 
 
 @pytest.mark.parametrize(("given", "told"), WRONG, ids=lambda x: str(x)[:20])
 def test_a_request_that_is_wrong(given, told):
     with pytest.raises(LowkeyError) as error:
-        Request.read(given)
+        PlanRequest.read(given)
     assert told.removeprefix("plan 'plan': ") in str(error.value)
 
 
 def test_a_request_is_read():
-    assert Request.read(None) == Request()
-    assert Request.read({"plan": "p", "kernel": "own"}) == Request(Path("p"), "own")
+    assert PlanRequest.read(None) == PlanRequest()
+    assert PlanRequest.read({"plan": "p", "kernel": "own"}) == PlanRequest(Path("p"), "own")
 
 
 # -- the fingerprint of files
@@ -121,7 +123,7 @@ def test_families_that_are_refused(tmp_path, name):
     place = pico.save(tmp_path / "model", name)
     pico.plan(pico.attached(name)).save(tmp_path / "plan")
     with pytest.raises(LowkeyError, match="served with a plan yet"):
-        served_plan(Request(tmp_path / "plan"), place, AutoConfig.from_pretrained(place))
+        served_plan(PlanRequest(tmp_path / "plan"), place, AutoConfig.from_pretrained(place))
 
 
 @pytest.mark.parametrize(
