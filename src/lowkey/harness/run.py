@@ -185,10 +185,17 @@ def _by_task(found: Mapping[str, Any], summaries: Mapping[str, dict]) -> dict[st
             "metrics": metrics,
             **summaries.get(name, {}),
             "documents": len({s["doc_id"] for s in samples}),
+            "documents_sha256": _digest(samples),
             "version": str(found["versions"].get(name)),
             "shots": found["n-shot"].get(name),
         }
     return tasks
+
+
+def _digest(samples: Sequence[Mapping[str, Any]]) -> str:
+    """The checksum of the documents of a task, as they are asked and judged: equal for equal samples."""
+    told = sorted({tuple(str(s[f"{part}_hash"]) for part in ("doc", "prompt", "target")) for s in samples})
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _scores(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def load_tasks(
     for name in names:
         if Path(name).suffix in FILES:
             if not Path(name).is_file():
-                raise LowkeyError(f"task {name!r}: there is no such file; give one, or the name of a task")
+                raise LowkeyError(f"task {name!r}: is no file; give one, or the name of a task")
             found = [name]
         else:
             found = manager.match_tasks([name])
@@ -57,6 +58,9 @@ def load_tasks(
             raise LowkeyError(f"task {name!r}: has images or sound; give tasks of text")
         if getattr(task, "UNSAFE_CODE", False):
             raise LowkeyError(f"task {name!r}: runs code that the model writes; give another task")
+        for metric, function in (getattr(task, "_metric_fn_list", None) or {}).items():
+            if function is None:
+                raise LowkeyError(f"task {name!r}: metric {metric!r} is unknown to lm-eval; correct the file")
     return loaded
 
 
@@ -75,6 +79,11 @@ def _loaded(manager: TaskManager, name: str) -> Any:
         return manager.load([name])
     except ImportError as error:
         raise LowkeyError(f"task {name!r}: needs a package ({on_one_line(error)}); install it") from None
+    except StopIteration:
+        raise LowkeyError(f"task {name!r}: holds no documents; give its data") from None
     except Exception as error:  # data sets raise many kinds; each is data that cannot be read
-        reason = f"{type(error).__name__}: {on_one_line(error, 120)}"
-        raise LowkeyError(f"task {name!r}: its data cannot be read ({reason}); {RETRY}") from None
+        reason = f"{type(error).__name__}: {on_one_line(error)}"
+        away = isinstance(error, ConnectionError) or re.search(r"offline|\bHub\b", reason)
+        own = Path(name).suffix in FILES and not away
+        remedy = "correct the file, or the data that it names" if own else RETRY
+        raise LowkeyError(f"task {name!r}: cannot be read ({reason}); {remedy}") from None

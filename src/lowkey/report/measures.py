@@ -166,8 +166,8 @@ def _finite(values: Any) -> tuple[float, ...] | None:
 
 
 def _of_tasks(rows: Sequence[Row]) -> Iterator[ComparedQuality]:
-    """The scores of each metric of each task of a harness."""
-    tasks = [(row, name, task) for row in rows for name, task in (row.get("harness") or {}).items()]
+    """The scores of each metric of each task of a harness. Tasks with other documents are other tasks."""
+    tasks = [(row, name, task) for row in rows for name, task in _distinct_tasks(rows, row)]
     names = dict.fromkeys((name, metric) for _, name, task in tasks for metric in task["metrics"])
     fulls = {(row["run"], name): measured(task, "kept_bytes") for row, name, task in tasks if is_full(row)}
     for name, metric in names:
@@ -188,6 +188,15 @@ def _of_tasks(rows: Sequence[Row]) -> Iterator[ComparedQuality]:
         shares = higher and all(0 <= score.value <= 1 for score in scores.values())
         write, difference = (format_percent, format_points) if shares else (format_plain, format_nats)
         yield ComparedQuality(f"{name}, {metric}", higher, write, difference, scores, _full(rows, scores))
+
+
+def _distinct_tasks(rows: Sequence[Row], row: Row) -> Iterator[tuple[str, dict]]:
+    """The tasks of a row. Where rows have tasks of one name with other documents, the name says which."""
+    for name, task in (row.get("harness") or {}).items():
+        named = [other["harness"][name] for other in rows if name in (other.get("harness") or {})]
+        known = list(dict.fromkeys(str(other.get("documents_sha256")) for other in named))
+        number = known.index(str(task.get("documents_sha256"))) + 1
+        yield (name if len(known) == 1 else f"{name} (documents {number} of {len(known)})"), task
 
 
 def _full(rows: Sequence[Row], scores: dict[str, Reached]) -> str | None:

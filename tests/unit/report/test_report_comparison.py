@@ -135,6 +135,20 @@ def test_tasks_of_a_harness_are_compared_document_by_document():
     assert "gsm8k, acc" in render_comparison([result(*rows, tasks=["gsm8k"])], ["r.json"])
 
 
+def test_other_documents_under_one_name_are_another_task():
+    def of(name: str, documents: str, value: float) -> dict:
+        task = {"metrics": {"acc": {"value": value, "values": [value] * 3}}, "documents_sha256": documents}
+        return FULL | {"name": name, "perplexity": None, "kl": None, "harness": {"facts": task}}
+
+    rows = labelled(
+        of("full", "a", 1.0), of("snapkv 25%", "a", 0.5), of("again", "b", 0.0), of("lost", "b", 0.5)
+    )
+    first, second = measures(rows)
+    assert (first.title, list(first.scores)) == ("facts (documents 1 of 2), acc", ["full", "snapkv 25%"])
+    assert (second.title, list(second.scores)) == ("facts (documents 2 of 2), acc", ["again", "lost"])
+    assert [m.title for m in measures(rows[:2])] == ["facts, acc"]
+
+
 @pytest.mark.parametrize(
     "value, told", [(0.0, "0"), (-0.0, "0"), (-1e-5, "0"), (-0.031, "\N{MINUS SIGN}3.1"), (0.5, "+50.0")]
 )

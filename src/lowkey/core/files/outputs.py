@@ -283,7 +283,9 @@ def check_file(path: Path, kind: str | None = None, force: bool = False) -> None
         return
     kind_there = check_replaceable(place)
     if not force and kind_there != kind:
-        raise LowkeyError(f"output {str(path)!r} already exists; choose another name or pass --force")
+        # commands that replace files of their own kind have no option to replace others
+        remedy = "choose another name" + ("" if kind else " or pass --force")
+        raise LowkeyError(f"output {str(path)!r} already exists; {remedy}")
 
 
 def check_replaceable(file: Path) -> str | None:
