@@ -145,9 +145,9 @@ def _found(adapter: LowkeyLM, tasks: Mapping[str, Any], how: TaskMeasuring) -> A
     except LowkeyError:
         raise
     except ValueError as error:  # more examples than there are documents, a template that is missing
+        remedy = "leave --chat out" if "chat template" in str(error) else "give fewer --shots, or other tasks"
         raise LowkeyError(
-            f"tasks {', '.join(tasks['tasks'])}: lm-eval refuses them ({on_one_line(error)}); give fewer "
-            "--shots, or other tasks"
+            f"tasks {', '.join(tasks['tasks'])}: lm-eval refuses them ({on_one_line(error)}); {remedy}"
         ) from error
 
 

@@ -159,8 +159,8 @@ def work_beside(path: Path) -> Path:
         work.is_symlink() or not work.is_dir() or not all(_is_job(p) or _is_stage(p) for p in work.iterdir())
     ):
         raise LowkeyError(
-            f"output {str(path)!r}: {str(work)!r}, where unfinished work goes, holds other files; choose "
-            "another place"
+            f"output {str(path)!r}: {str(work)!r}, where unfinished work goes, holds other or damaged files; "
+            "choose another place, or delete it to begin damaged work again"
         )
     return work
 
