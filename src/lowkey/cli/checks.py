@@ -237,7 +237,7 @@ def _is_outside(what: str, name: str) -> bool:
     package = module.partition(".")[0]
     if package not in sys.modules and find_spec(package) is None:
         raise LowkeyError(
-            f"{what} {shown(name)}: no module named {package!r} can be imported; install it, put its folder on "
+            f"{what} {shown(name)}: no module named {package!r} is found; install it, put its folder on "
             "PYTHONPATH, or give another package.module:Class"
         )
     return True
