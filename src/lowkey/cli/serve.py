@@ -20,7 +20,7 @@ from lowkey.serving import engine
 from lowkey.serving.engine import EXACT_CHOICES, KERNEL_CHOICES
 
 if TYPE_CHECKING:
-    from lowkey.serving.routes import Route
+    from lowkey.serving.routes import ExactShape, Route
 
 PORTS = Range(at_least=1, at_most=2**16 - 1)
 BLOCKS = Range(at_least=32, at_most=2**12)
@@ -201,13 +201,7 @@ def _prepared(
         told["exact"] = {"sinks": plan.sinks, "window": exact.window, "blocks_per_user": exact.blocks}
         options = {"max-num-batched-tokens": str(CHUNK), **options}
     if room is not None:
-        told["room"] = vars(routes.capacity(room, rows["token_bytes"], block, used, exact))
-        told["full_room"] = vars(routes.capacity(room, rows["full_token_bytes"], block, used))
-        if not told["room"]["users"]:
-            raise LowkeyError(
-                f"memory {room:,} bytes: does not hold one user of {used:,} tokens; give more, or a smaller "
-                "--context"
-            )
+        told |= _room(room, rows, block, used, exact)
     return told, engine.Start(
         str(folder),
         model,
@@ -221,6 +215,29 @@ def _prepared(
         architecture,
         options,
     )
+
+
+def _room(
+    room: int, rows: Mapping[str, Any], block: int, used: int, exact: ExactShape | None
+) -> dict[str, dict[str, int]]:
+    """What fits, with the plan and without it. Raises: LowkeyError if no user does.
+
+    Args:
+        room: bytes for pages.
+        rows: with `token_bytes` and `full_token_bytes`.
+        block: tokens of a page.
+        used: tokens of a user.
+        exact: of the plan.
+    """
+    from lowkey.serving.routes import capacity
+
+    fits = vars(capacity(room, rows["token_bytes"], block, used, exact))
+    if not fits["users"]:
+        raise LowkeyError(
+            f"memory {room:,} bytes: does not hold one user of {used:,} tokens; give more, or a smaller "
+            "--context"
+        )
+    return {"room": fits, "full_room": vars(capacity(room, rows["full_token_bytes"], block, used))}
 
 
 def _count(options: Mapping[str, str], name: str) -> int:
