@@ -163,6 +163,23 @@ def wilson(right: int, of: int) -> tuple[float, float]:
     return (middle - half) / (1 + weight), (middle + half) / (1 + weight)
 
 
+def behaviour_table() -> list[str]:
+    """Shares of instructions that are followed on the real model, by kind and beside the full cache."""
+    rows = rows_of(f"{EVIDENCE}behaviour")
+    kinds = list(rows[0]["behaviour_kinds"])
+    lines = [
+        [
+            row["name"],
+            f"{100 * row['behaviour_kept']:.1f} %",
+            *(f"{row['behaviour_kinds'][kind]:.2f}" for kind in kinds),
+            f"{row['behaviour']:.2f}",
+            f"{row['behaviour_same']:.2f}",
+        ]
+        for row in rows
+    ]
+    return table(["cache", "bytes", *(f"`{kind}`" for kind in kinds), "all", "as full"], lines)
+
+
 def planner_table(name: str) -> list[str]:
     """For each budget and draw: the full cache, the planner's choice, and the best choice on one axis."""
     lines, rows = [], rows_of(name)
@@ -536,6 +553,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "default-three-models": default_table,
     "splits-three-models": split_table,
     "smollm2-policies": questions_table,
+    "smollm2-behaviour": behaviour_table,
     "smollm2-controls-25": partial(controls_table, "after", "25%"),
     "smollm2-controls-10": partial(controls_table, "after", "10%"),
     "smollm2-small-model": small_model_table,
