@@ -556,6 +556,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "smollm2-behaviour": behaviour_table,
     "smollm2-controls-25": partial(controls_table, "after", "25%"),
     "smollm2-controls-10": partial(controls_table, "after", "10%"),
+    "smollm2-controls-with-10": partial(controls_table, "with", "10%"),
     "smollm2-small-model": small_model_table,
     "smollm2-mixed-bits": mixed_bits_table,
     "smollm2-decoding": decoding_table,
