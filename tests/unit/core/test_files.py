@@ -255,7 +255,7 @@ def test_work_of_somebody_else_stays(tmp_path):
     files.write_work(job, "statistics", {"done": torch.tensor(1)})
     assert files.check_output(tmp_path / "out", force=False) == work
     (job / "training.safetensors").write_text("mine")
-    with pytest.raises(LowkeyError, match="holds other files"):
+    with pytest.raises(LowkeyError, match="holds other or damaged files"):
         files.check_output(tmp_path / "out", force=True)
     files.remove_work(work)
     assert (job / "training.safetensors").read_text() == "mine"
