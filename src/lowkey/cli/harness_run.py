@@ -76,17 +76,15 @@ def run_harness(
 def _suites(
     names: Sequence[str], tokenizer: PreTrainedTokenizerBase, how: TaskMeasuring, sources: Mapping[str, Any]
 ) -> list:
-    """The tasks of suites. Each may have a folder of its own in the folder of files."""
-    tasks, folder = [], sources["folder"]
-    for name in names:
-        own = folder / name.removeprefix(SUITE).partition("/")[0] if folder is not None else None
-        given = dict(sources) | {"folder": own if own is not None and own.is_dir() else folder}
-        cases = how.limit or defaults_of(Source)["cases"]
-        reserved = len(tokenizer("", verbose=False).input_ids)
-        if how.chat:
-            reserved += len(_template(tokenizer))
-        tasks += suite_tasks([name], Source(tokenizer, cases=cases, reserved=reserved, **given))
-    return tasks
+    """The tasks of suites."""
+    if not names:
+        return []
+    cases = how.limit or defaults_of(Source)["cases"]
+    reserved = len(tokenizer("", verbose=False).input_ids)
+    if how.chat:
+        reserved += len(_template(tokenizer))
+    source = Source(tokenizer, cases=cases, reserved=reserved, **sources)
+    return [task for name in names for task in suite_tasks([name], source)]
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -167,7 +167,7 @@ def _finite(values: Any) -> tuple[float, ...] | None:
 
 def _of_tasks(rows: Sequence[Row]) -> Iterator[ComparedQuality]:
     """The scores of each metric of each task of a harness. Tasks with other documents are other tasks."""
-    tasks = [(row, name, task) for row in rows for name, task in _distinct_tasks(rows, row)]
+    tasks = _distinct_tasks(rows)
     names = dict.fromkeys((name, metric) for _, name, task in tasks for metric in task["metrics"])
     fulls = {(row["run"], name): measured(task, "kept_bytes") for row, name, task in tasks if is_full(row)}
     for name, metric in names:
@@ -190,13 +190,20 @@ def _of_tasks(rows: Sequence[Row]) -> Iterator[ComparedQuality]:
         yield ComparedQuality(f"{name}, {metric}", higher, write, difference, scores, _full(rows, scores))
 
 
-def _distinct_tasks(rows: Sequence[Row], row: Row) -> Iterator[tuple[str, dict]]:
-    """The tasks of a row. Where rows have tasks of one name with other documents, the name says which."""
-    for name, task in (row.get("harness") or {}).items():
-        named = [other["harness"][name] for other in rows if name in (other.get("harness") or {})]
-        known = list(dict.fromkeys(str(other.get("documents_sha256")) for other in named))
-        number = known.index(str(task.get("documents_sha256"))) + 1
-        yield (name if len(known) == 1 else f"{name} (documents {number} of {len(known)})"), task
+def _distinct_tasks(rows: Sequence[Row]) -> list[tuple[Row, str, dict]]:
+    """The tasks of rows. Where tasks of one name have other documents, the name says which."""
+    tasks = [(row, name, task) for row in rows for name, task in (row.get("harness") or {}).items()]
+    known: dict[str, list[str]] = {}
+    for _, name, task in tasks:
+        digests, digest = known.setdefault(name, []), str(task.get("documents_sha256"))
+        if digest not in digests:
+            digests.append(digest)
+
+    def named(name: str, task: dict) -> str:
+        number, of = known[name].index(str(task.get("documents_sha256"))) + 1, len(known[name])
+        return name if of == 1 else f"{name} (documents {number} of {of})"
+
+    return [(row, named(name, task), task) for row, name, task in tasks]
 
 
 def _full(rows: Sequence[Row], scores: dict[str, Reached]) -> str | None:

@@ -6,11 +6,10 @@ The published files are `TASK.jsonl` with `context`, `input`, `answer` and `opti
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from lowkey.suites.fetching import Published, published_records
 from lowkey.suites.files import Record
-from lowkey.suites.prompts import PROMPTS, filled, templates
+from lowkey.suites.prompts import PROMPTS, PromptedTask, filled, templates
 from lowkey.suites.sample import Source, Suite, SuiteSample
 
 _LETTERS = ("A", "B", "C", "D")
@@ -39,28 +38,19 @@ _CALC = (
 )
 
 
-@dataclass(frozen=True)
-class _Task:
-    """A task: our prompt, its metric and the tokens of an answer that the authors allow."""
-
-    prompt: str
-    metric: str
-    tokens: int
-
-
 _TASKS = {
-    "passkey": _Task(_HIDDEN, "first_integer", 6),
-    "number_string": _Task(_HIDDEN, "first_integer", 12),
-    "kv_retrieval": _Task(_PAIRS, "word", 50),
-    "longbook_sum_eng": _Task(_SUMMARY, "rouge_lsum", 1200),
-    "longbook_choice_eng": _Task(_CHOICE, "first_letter", 40),
-    "longbook_qa_eng": _Task(_BOOK, "qa_f1", 40),
-    "longbook_qa_chn": _Task(_CHINESE, "qa_f1_characters", 40),
-    "longdialogue_qa_eng": _Task(_SCRIPT, "contains", 40),
-    "code_debug": _Task(_DEBUG, "first_letter", 5),
-    "code_run": _Task(_RUN, "last_integer", 5),
-    "math_find": _Task(_FIND, "first_number", 3),
-    "math_calc": _Task(_CALC, "number_prefix", 30000),
+    "passkey": PromptedTask(_HIDDEN, "first_integer", 6),
+    "number_string": PromptedTask(_HIDDEN, "first_integer", 12),
+    "kv_retrieval": PromptedTask(_PAIRS, "word", 50),
+    "longbook_sum_eng": PromptedTask(_SUMMARY, "rouge_lsum", 1200),
+    "longbook_choice_eng": PromptedTask(_CHOICE, "first_letter", 40),
+    "longbook_qa_eng": PromptedTask(_BOOK, "qa_f1", 40),
+    "longbook_qa_chn": PromptedTask(_CHINESE, "qa_f1_characters", 40),
+    "longdialogue_qa_eng": PromptedTask(_SCRIPT, "contains", 40),
+    "code_debug": PromptedTask(_DEBUG, "first_letter", 5),
+    "code_run": PromptedTask(_RUN, "last_integer", 5),
+    "math_find": PromptedTask(_FIND, "first_number", 3),
+    "math_calc": PromptedTask(_CALC, "number_prefix", 30000),
 }
 
 

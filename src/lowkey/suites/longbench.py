@@ -7,10 +7,9 @@ are in our own words. The published ones are used where the folder has the autho
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from lowkey.suites.fetching import Published, published_records
-from lowkey.suites.prompts import PROMPTS, filled, templates
+from lowkey.suites.prompts import PROMPTS, PromptedTask, filled, templates
 from lowkey.suites.sample import Source, Suite, SuiteSample
 
 _ONE_TEXT = "Read the text.\n\n{context}\n\nAnswer the question in a few words.\n\nQuestion: {input}\nAnswer:"
@@ -46,37 +45,28 @@ _CHINESE_RETRIEVAL = (
 _CODE = "Write the next line of the code.\n{context}{input}Next line:\n"
 
 
-@dataclass(frozen=True)
-class _Task:
-    """A task: our prompt, its metric and the tokens of an answer that the authors allow."""
-
-    prompt: str
-    metric: str
-    tokens: int
-
-
 _TASKS = {
-    "narrativeqa": _Task(_STORY, "qa_f1", 128),
-    "qasper": _Task(_QASPER, "qa_f1", 128),
-    "multifieldqa_en": _Task(_ONE_TEXT, "qa_f1", 64),
-    "multifieldqa_zh": _Task(_CHINESE, "qa_f1_words_zh", 64),
-    "hotpotqa": _Task(_PASSAGES, "qa_f1", 32),
-    "2wikimqa": _Task(_PASSAGES, "qa_f1", 32),
-    "musique": _Task(_PASSAGES, "qa_f1", 32),
-    "dureader": _Task(_CHINESE, "rouge_l_zh", 128),
-    "gov_report": _Task(_SUMMARY, "rouge_l", 512),
-    "qmsum": _Task(_MEETING, "rouge_l", 512),
-    "multi_news": _Task(_SUMMARY, "rouge_l", 512),
-    "vcsum": _Task(_CHINESE_SUMMARY, "rouge_l_zh", 512),
-    "trec": _Task(_EXAMPLES, "classification_line", 64),
-    "triviaqa": _Task(_EXAMPLES, "qa_f1_line", 32),
-    "samsum": _Task(_EXAMPLES, "rouge_l_line", 128),
-    "lsht": _Task(_EXAMPLES, "classification_line", 64),
-    "passage_count": _Task(_COUNT, "count", 32),
-    "passage_retrieval_en": _Task(_RETRIEVAL, "retrieval", 32),
-    "passage_retrieval_zh": _Task(_CHINESE_RETRIEVAL, "retrieval_zh", 32),
-    "lcc": _Task(_CODE, "code_sim", 64),
-    "repobench-p": _Task(_CODE, "code_sim", 64),
+    "narrativeqa": PromptedTask(_STORY, "qa_f1", 128),
+    "qasper": PromptedTask(_QASPER, "qa_f1", 128),
+    "multifieldqa_en": PromptedTask(_ONE_TEXT, "qa_f1", 64),
+    "multifieldqa_zh": PromptedTask(_CHINESE, "qa_f1_words_zh", 64),
+    "hotpotqa": PromptedTask(_PASSAGES, "qa_f1", 32),
+    "2wikimqa": PromptedTask(_PASSAGES, "qa_f1", 32),
+    "musique": PromptedTask(_PASSAGES, "qa_f1", 32),
+    "dureader": PromptedTask(_CHINESE, "rouge_l_zh", 128),
+    "gov_report": PromptedTask(_SUMMARY, "rouge_l", 512),
+    "qmsum": PromptedTask(_MEETING, "rouge_l", 512),
+    "multi_news": PromptedTask(_SUMMARY, "rouge_l", 512),
+    "vcsum": PromptedTask(_CHINESE_SUMMARY, "rouge_l_zh", 512),
+    "trec": PromptedTask(_EXAMPLES, "classification_line", 64),
+    "triviaqa": PromptedTask(_EXAMPLES, "qa_f1_line", 32),
+    "samsum": PromptedTask(_EXAMPLES, "rouge_l_line", 128),
+    "lsht": PromptedTask(_EXAMPLES, "classification_line", 64),
+    "passage_count": PromptedTask(_COUNT, "count", 32),
+    "passage_retrieval_en": PromptedTask(_RETRIEVAL, "retrieval", 32),
+    "passage_retrieval_zh": PromptedTask(_CHINESE_RETRIEVAL, "retrieval_zh", 32),
+    "lcc": PromptedTask(_CODE, "code_sim", 64),
+    "repobench-p": PromptedTask(_CODE, "code_sim", 64),
 }
 
 

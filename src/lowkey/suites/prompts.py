@@ -6,6 +6,7 @@ publish their prompts as a file reads them from the folder, where they stand bes
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from lowkey.core import files
@@ -15,6 +16,21 @@ from lowkey.suites.files import FORMAT_REMEDY
 
 PROMPTS = "prompts.json"  # templates by task, for any suite
 _MOST_BYTES = 2**24
+
+
+@dataclass(frozen=True)
+class PromptedTask:
+    """A task that is asked with one prompt.
+
+    Args:
+        prompt: ours, a template; of several questions about a context, the words before the first.
+        metric: how an answer is scored, a name of `METRICS`.
+        tokens: of an answer, at most, as the authors allow.
+    """
+
+    prompt: str
+    metric: str
+    tokens: int
 
 
 def templates(folder: Path | None, *names: str) -> dict[str, str]:

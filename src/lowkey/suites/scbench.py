@@ -12,7 +12,6 @@ import json
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,7 +20,7 @@ from lowkey.core.options import shown
 from lowkey.suites.fetching import Published, published_records
 from lowkey.suites.files import Record
 from lowkey.suites.hiding import fitted
-from lowkey.suites.prompts import PROMPTS, filled, templates
+from lowkey.suites.prompts import PROMPTS, PromptedTask, filled, templates
 from lowkey.suites.sample import Source, Suite, SuiteSample, Turn
 
 _TURNS = 5  # questions about a generated context
@@ -32,25 +31,16 @@ _LIST = "Here is a list of numbers.\n\n{context}"
 _TEXT = "Read this.\n\n{context}"
 
 
-@dataclass(frozen=True)
-class _Task:
-    """A task: our prompt before the first question, its metric and the tokens of each answer."""
-
-    prompt: str
-    metric: str
-    tokens: int
-
-
 _TASKS = {
-    "kv": _Task(_JSON, "word", 150),
-    "prefix_suffix": _Task(_NAMES, "word", 150),
-    "vt": _Task(_TEXT, "string_match_all", 30),
-    "mf": _Task(_LIST, "first_number", 5),
-    "many_shot": _Task(_TEXT, "prefix", 10),
-    "choice_eng": _Task(_TEXT, "first_letter", 40),
-    "qa_eng": _Task(_TEXT, "contains", 40),
-    "qa_chn": _Task(_TEXT, "qa_f1_characters", 40),
-    "summary": _Task(_TEXT, "rouge_lsum", 200),
+    "kv": PromptedTask(_JSON, "word", 150),
+    "prefix_suffix": PromptedTask(_NAMES, "word", 150),
+    "vt": PromptedTask(_TEXT, "string_match_all", 30),
+    "mf": PromptedTask(_LIST, "first_number", 5),
+    "many_shot": PromptedTask(_TEXT, "prefix", 10),
+    "choice_eng": PromptedTask(_TEXT, "first_letter", 40),
+    "qa_eng": PromptedTask(_TEXT, "contains", 40),
+    "qa_chn": PromptedTask(_TEXT, "qa_f1_characters", 40),
+    "summary": PromptedTask(_TEXT, "rouge_lsum", 200),
 }
 _Made = tuple[Callable[[int], str], list[tuple[str, str]]]  # a context of so many items, and the turns
 
